@@ -1,0 +1,98 @@
+"""Tells a broken installation of fbgemm, the kernels under TorchRec, in one line and before TorchRec fails on it.
+
+The CPU build (distribution `fbgemm-gpu-cpu`) and the CUDA build (`fbgemm-gpu`) write the same folder, `fbgemm_gpu`, and
+each release is compiled against one torch. A mixed or mismatched set shows itself as a page of undefined symbols.
+"""
+
+import logging
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from types import TracebackType
+
+from sseds_rec.errors import UserError
+
+TORCH = "2.13.0"
+TORCHREC = FBGEMM = "1.8.0"  # of one release number, always
+_FIX = (
+    'run "pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu", then '
+    f'"pip install --no-deps torchrec=={TORCHREC} fbgemm-gpu-cpu=={FBGEMM}" (for a GPU: fbgemm-gpu=={FBGEMM})'
+)
+
+
+class InstallError(UserError, ImportError):
+    """TorchRec's kernels are missing, mixed or mismatched; the message says what to run."""
+
+
+def check() -> None:
+    """Loads fbgemm; to be called before TorchRec is imported.
+
+    Raises:
+        InstallError: One of torchrec and fbgemm is missing, both builds of fbgemm are installed, its release is not
+            torchrec's, or its libraries do not load.
+    """
+    problem = _problem()
+    if problem:
+        _print_without_traceback()
+        raise InstallError(f"{problem}; {_FIX}")
+
+
+def _problem() -> str | None:
+    builds = {name: v for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if (v := _version(name))}
+    if len(builds) > 1:
+        found = " and ".join(f"{name} {v}" for name, v in builds.items())
+        return f"{found} are both installed and overwrite each other"
+    # Not by distribution: a build from source may have another name.
+    missing = [name for name in ("torchrec", "fbgemm_gpu") if find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    torchrec = _version("torchrec")
+    for name, v in builds.items():
+        if torchrec and v.split(".")[:2] != torchrec.split(".")[:2]:
+            return f"{name} {v} does not belong to torchrec {torchrec}"
+    return _load_problem()
+
+
+def _load_problem() -> str | None:
+    import torch
+
+    # fbgemm logs pages when it fails, and useful warnings when it does not: hold them until that is known.
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        held.append(record)
+        return False
+
+    logging.root.addFilter(hold)
+    try:
+        import fbgemm_gpu  # noqa: F401
+
+        torch.ops.fbgemm.asynchronous_complete_cumsum  # noqa: B018  an emptied folder imports, but brings no kernels
+    except Exception as error:
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        return f"fbgemm_gpu does not load with torch {torch.__version__} (made for {TORCH}): {reason}"
+    finally:
+        logging.root.removeFilter(hold)
+    for record in held:
+        logging.root.handle(record)
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _print_without_traceback() -> None:
+    """Lets an uncaught InstallError end a script as its one line; every other exception is shown as before."""
+    usual = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if kind is InstallError:
+            print(f"sseds_rec: {error}", file=sys.stderr)
+        else:
+            usual(kind, error, traceback)
+
+    sys.excepthook = show

@@ -1,0 +1,186 @@
+"""The typed config: YAML in, dotted overrides on top, unknown keys refused."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sseds_rec.distributed.sharding import ShardingConfig
+from sseds_rec.errors import UserError
+from sseds_rec.files import write_text
+from sseds_rec.models.registry import ModelConfig
+from sseds_rec.search.allocate import Budget, Order
+from sseds_rec.search.criteria import CRITERIA
+from sseds_rec.training.trainer import TrainConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class DataConfig(_Section):
+    """The `data` section: `path`, the folder that `sseds prepare` wrote."""
+
+    path: Path
+
+
+class SearchConfig(_Section):
+    """The `search` section.
+
+    Attributes:
+        criterion: "ggn", or "snip" as the paper.
+        num_batches: batches of `train.batch_size` rows to score with, at most.
+        split: where they come from; held-out rows by default.
+        budget: what may stay.
+        multiple, min_dim, exponent, order: see `sseds_rec.allocate`.
+    """
+
+    criterion: str = "ggn"
+    num_batches: int = Field(32, ge=1)
+    split: Literal["train", "validation"] = "validation"
+    budget: Budget = Budget(parameters=0.1)
+    multiple: int = Field(4, ge=1)
+    min_dim: int = Field(0, ge=0)
+    exponent: float = Field(0.5, ge=0, le=1)
+    order: Order = "fill"
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in CRITERIA:
+            raise ValueError(f"no criterion named {value!r}; choose one of {', '.join(CRITERIA)}")
+        return value
+
+
+#: What `--paper` sets (Algorithm 1): one training batch, the mean gradient's magnitude, ranked as it is, cut at the budget.
+PAPER = {"search": {"criterion": "snip", "num_batches": 1, "split": "train", "min_dim": 0, "exponent": 0.0, "order": "stop"}}
+
+
+class RetrainConfig(_Section):
+    """The `retrain` section: how the slim model starts, and where its training differs from `train`.
+
+    Attributes:
+        transform: the transform matrices' start. "random" is the paper; "select" starts as the masked full model.
+        epochs, learning_rate, table_learning_rate, embedding_l2, patience: null for the value of `train`.
+    """
+
+    transform: Literal["random", "select"] = "select"
+    epochs: int | None = Field(None, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    table_learning_rate: float | None = Field(None, gt=0)
+    embedding_l2: float | None = Field(None, ge=0)
+    patience: int | None = Field(None, ge=1)
+
+
+class Config(_Section):
+    """One experiment. `sseds run` writes it, resolved, to `config.yaml` of the run directory."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    seed: int = Field(2022, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    train: TrainConfig = TrainConfig()
+    search: SearchConfig = SearchConfig()
+    retrain: RetrainConfig = RetrainConfig()
+
+    def retrain_as_train(self) -> TrainConfig:
+        """The `train` section with what `retrain` overrides."""
+        own = self.retrain.model_dump(exclude={"transform"}, exclude_none=True)
+        return self.train.model_copy(update=own)
+
+    def save(self, path: Path) -> None:
+        """Writes YAML that `load_config` reads back."""
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None, paper: bool = False) -> Config:
+    """Reads a YAML config and applies `key.sub=value` overrides, values parsed as YAML.
+
+    Args:
+        path: the file.
+        overrides: e.g. ["search.budget.parameters=0.05", "train.epochs=2"].
+        paper: apply `PAPER` before the overrides.
+
+    Raises:
+        UserError: no such file, not YAML, an override that is not key=value, an unknown key (with the nearest valid name), or
+            a value that the key does not take.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of sections, this is a {type(tree).__name__}")
+    if paper:
+        for section, values in PAPER.items():
+            tree[section] = {**(tree.get(section) or {}), **values}
+    for override in overrides or []:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) of every value that differs."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return {key: (before.get(key), after.get(key)) for key in {**before, **after} if before.get(key) != after.get(key)}
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not key=value, as in train.epochs=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        below = tree.setdefault(section, {})
+        if not isinstance(below, dict):
+            raise UserError(f"override {override!r}: {section} is a value, not a section")
+        tree = below
+    if sections[-1:] == ["budget"]:
+        tree.clear()  # a budget has one key: the new one replaces the old
+    tree[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    loc = [str(part) for part in first["loc"]]
+    key = ".".join(loc)
+    if first["type"] == "extra_forbidden":
+        valid = _keys_at(loc[:-1])
+        near = difflib.get_close_matches(loc[-1], valid, n=1, cutoff=0.4)
+        hint = f"did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"unknown key {key}; {hint}"
+    if first["type"] == "missing":
+        return f"{key} is missing; set it in the file or as {key}=..."
+    given = first["input"]
+    shown = f"={given!r}" if not isinstance(given, (dict, list)) else ""
+    return f"{key}{shown}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def _keys_at(loc: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in loc:
+        model = typing.cast("type[BaseModel]", model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,1 @@
+"""Raw rows to encoded Parquet (`prepare`, `flights`), and encoded Parquet to batches (`loader`)."""

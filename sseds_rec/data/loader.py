@@ -1,0 +1,248 @@
+"""Encoded Parquet to batches: sharded by rank, shuffled, resumable, read ahead in a thread."""
+
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from sseds_rec.data.batch import Batch
+from sseds_rec.data.rows import RowGroups, Rows
+from sseds_rec.data.schema import SPLITS, Schema, SplitName
+from sseds_rec.errors import UserError
+
+SHUFFLE_ROWS = 1 << 18
+
+T = TypeVar("T")
+
+
+class Loader:
+    """Batches of one split for one rank.
+
+    An epoch is the split's row groups, one after the other, in an order drawn from seed and epoch if `shuffle`. Rank r
+    of W takes rows r·N/W to (r+1)·N/W of that sequence, reads only the row groups they touch, and shuffles them within
+    a buffer of a few row groups; no more is ever in memory. Every batch is a function of (seed, epoch, rank, position),
+    which is what makes resuming exact.
+
+    All ranks get the same number of batches, so that collectives meet. With `drop_last` all of them are full; without,
+    a rank's rows are divided evenly, sizes differing by at most one row. (At batch size 1, a rank that has a row more
+    than the others takes it with another row: it must not have a batch more.)
+
+    Args:
+        folder: A prepared set.
+        split: `train`, `validation` or `test`.
+        batch_size: Rows of a batch on each rank.
+        rank: This process.
+        world_size: All processes.
+        seed: Of the shuffling.
+        shuffle: Whether to shuffle.
+        drop_last: Whether to leave out the rows that do not fill a batch.
+        prefetch: Batches made ahead by a thread; 0 makes them in the caller's.
+
+    Raises:
+        UserError: The set is missing or damaged, or has too few rows for the ranks and batch size.
+
+    Example::
+
+        loader = Loader("data/flights", "train", batch_size=2048, shuffle=True)
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                loss, _ = model(batch)
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: SplitName,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        prefetch: int = 2,
+    ) -> None:
+        if split not in SPLITS:
+            raise UserError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}: must be at least 1")
+        self.schema = Schema.load(folder)
+        self.batch_size = batch_size
+        self._seed, self._shuffle, self._prefetch = seed, shuffle, prefetch
+        self._groups = RowGroups(folder, self.schema, split)
+
+        rows = sum(self._groups.sizes)
+        if rows < world_size:
+            raise UserError(f"{folder}: the {split} split has {rows} rows, fewer than the {world_size} processes")
+        self._first, self._last = rank * rows // world_size, (rank + 1) * rows // world_size
+        fewest, most = rows // world_size, -(-rows // world_size)
+        self._starts = _batch_starts(self._last - self._first, fewest, most, batch_size, drop_last)
+        if len(self) == 0:
+            raise UserError(f"{folder}: batch size {batch_size} is more than a process's {fewest} rows of {split}")
+
+        self._identity = {
+            "split": split,
+            "rows": rows,
+            "batch_size": batch_size,
+            "world_size": world_size,
+            "seed": seed,
+            "shuffle": shuffle,
+            "drop_last": drop_last,
+        }
+        self._rank = rank
+        self._epoch = 0
+        self._resume_at = 0  # first batch of the next iteration
+        self._handed_out = 0  # batches of the epoch that the consumer has
+
+    def __len__(self) -> int:
+        """Batches an epoch, the same on all ranks."""
+        return len(self._starts) - 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the shuffle of the next iteration. A restored position stays if the epoch is the restored one."""
+        if epoch != self._epoch:
+            self._epoch, self._resume_at, self._handed_out = epoch, 0, 0
+
+    def state_dict(self, trained: int | None = None) -> dict[str, object]:
+        """The position, for `load_state_dict`.
+
+        Args:
+            trained: Batches of this epoch that are done. The default is the number handed out, of which a pipeline such
+                as `TrainPipelineSparseDist` holds a few that it has not trained on yet.
+        """
+        return {**self._identity, "epoch": self._epoch, "batch": self._handed_out if trained is None else trained}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Lets the next iteration go on after the state's last batch.
+
+        Raises:
+            UserError: The state is of another split, batch size, number of processes, seed or order: the rows
+                not yet seen would not be the rows that follow.
+        """
+        for key, mine in self._identity.items():
+            if state.get(key) != mine:
+                raise UserError(f"loader state: {key} was {state.get(key)!r}, now {mine!r}; resume with the same value")
+        epoch, batch = state.get("epoch"), state.get("batch")
+        if not isinstance(epoch, int) or not isinstance(batch, int) or not 0 <= batch <= len(self):
+            raise UserError(f"loader state: epoch {epoch!r}, batch {batch!r} is no position in {len(self)} batches")
+        self._epoch, self._resume_at, self._handed_out = epoch, batch, batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        start, self._resume_at = self._resume_at, 0
+        self._handed_out = start
+        make = functools.partial(self._batches, self._epoch, start)
+        for batch in _read_ahead(make, self._prefetch) if self._prefetch else make():
+            self._handed_out += 1
+            yield batch
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        """Batches from number `start` on; a batch may take rows from two or more buffers."""
+        batch, position, pieces = start, self._starts[start], []
+        for first, rows in self._buffers(epoch, position):
+            while batch < len(self) and position < first + len(rows):
+                stop = min(self._starts[batch + 1], first + len(rows))
+                pieces.append(rows.slice(position - first, stop - first))
+                position = stop
+                if position == self._starts[batch + 1]:
+                    yield self._collate(Rows.cat(pieces))
+                    batch, pieces = batch + 1, []
+
+    def _buffers(self, epoch: int, position: int) -> Iterator[tuple[int, Rows]]:
+        """Buffers that end after `position`, each with the place of its first row in the rank's sequence."""
+        sizes = np.array(self._groups.sizes)
+        order = np.arange(len(sizes))
+        if self._shuffle:
+            order = np.random.default_rng([self._seed, epoch]).permutation(order)
+        ends = sizes[order].cumsum()
+        pieces: list[tuple[int, int, int]] = []  # row group, first row, last row + 1
+        first = held = 0
+        for group, end in zip(order.tolist(), ends.tolist(), strict=True):
+            begin = end - int(sizes[group])
+            low, high = max(self._first, begin), min(self._last, end)
+            if low < high:
+                pieces.append((group, low - begin, high - begin))
+                held += high - low
+            is_full = held >= SHUFFLE_ROWS or not self._shuffle or end >= self._last
+            if not is_full or not pieces:
+                continue
+            if first + held > position:
+                rows = Rows.cat([self._groups.read(group).slice(low, high) for group, low, high in pieces])
+                yield first, self._shuffled(rows, epoch, first) if self._shuffle else rows
+            first, held, pieces = first + held, 0, []
+            if end >= self._last:
+                return
+
+    def _shuffled(self, rows: Rows, epoch: int, first: int) -> Rows:
+        order = np.random.default_rng([self._seed, epoch, self._rank, first]).permutation(len(rows))
+        return rows.take(torch.from_numpy(order))
+
+    def _collate(self, rows: Rows) -> Batch:
+        fields = self.schema.sparse_fields
+        ids = rows.ids.to(torch.int64)
+        if rows.sequences:
+            single, several, one = iter(ids), iter(rows.sequences), torch.ones(len(rows), dtype=torch.int32)
+            columns = []
+            for field in fields:
+                if field.kind == "sequence":
+                    sequence = next(several)
+                    columns.append((sequence.values.to(torch.int64), sequence.lengths.to(torch.int32)))
+                else:
+                    columns.append((next(single), one))
+            values, lengths = (torch.cat(column) for column in zip(*columns, strict=True))
+        else:
+            values, lengths = ids.reshape(-1), torch.ones(ids.numel(), dtype=torch.int32)
+        sparse = KeyedJaggedTensor(keys=[field.name for field in fields], values=values, lengths=lengths)
+        return Batch(dense=rows.dense.to(torch.float32), sparse=sparse, labels=rows.labels.to(torch.float32))
+
+
+def _batch_starts(rows: int, fewest: int, most: int, batch_size: int, drop_last: bool) -> list[int]:
+    """Where a rank's batches start, and where the last ends, in its own rows."""
+    if drop_last:
+        return [batch * batch_size for batch in range(fewest // batch_size + 1)]
+    count = min(-(-most // batch_size), fewest)
+    return [batch * rows // count for batch in range(count + 1)]
+
+
+def _read_ahead(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
+    """Yields what `make()` does, made in a thread that stays up to `depth` items ahead and ends with this generator."""
+    ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(more: bool, item: T | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put((more, item), timeout=0.1)
+            except queue.Full:
+                pass
+
+    def work() -> None:
+        try:
+            for item in make():
+                put(True, item)
+                if stop.is_set():
+                    return
+            put(False, None)
+        except BaseException as error:  # whatever it is, it belongs to the consumer
+            put(False, error)
+
+    thread = threading.Thread(target=work, name="loader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, item = ready.get()
+            if more:
+                yield item  # type: ignore[misc]
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                return
+    finally:
+        stop.set()
+        thread.join()

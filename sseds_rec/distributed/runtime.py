@@ -1,0 +1,107 @@
+"""One process or many: the same code runs under `python` and under `torchrun`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sseds_rec.errors import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's place in the job.
+
+    Attributes:
+        rank: of this process, in [0, world_size).
+        world_size: processes in the job.
+        device: where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Runs `action` on the main rank while the others wait; all raise what it raises."""
+        failure: list[Exception | None] = [None]
+        if self.is_main:
+            try:
+                action()
+            except Exception as error:
+                failure = [error]
+        if self.world_size > 1:
+            dist.broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise failure[0]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks of a tensor of any shape, the same on all."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values /= self.world_size
+        return values
+
+    def gather_rows(self, values: Tensor) -> Tensor:
+        """Concatenates tensors [rows_of_rank] of all ranks, in rank order, on every rank."""
+        if self.world_size == 1:
+            return values
+        sizes = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(values)], dtype=torch.int64, device=values.device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=values.dtype, device=values.device)
+        padded[: len(values)] = values
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[: int(size)] for part, size in zip(gathered, sizes, strict=True)])
+
+
+@contextmanager
+def runtime(device: str = "auto") -> Iterator[Runtime]:
+    """Joins the job that torchrun describes, or makes a job of one process; leaves it on exit.
+
+    Args:
+        device: "cpu", "cuda" or "auto" (CUDA where there is one).
+
+    Raises:
+        UserError: CUDA is asked for and absent, or this machine has fewer GPUs than local ranks.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no GPU; install the cuda extra on a GPU machine or set device=cpu")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    where = torch.device("cpu")
+    if use_cuda:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start fewer processes per node")
+        where = torch.device("cuda", local_rank)
+        torch.cuda.set_device(where)
+    joined = not dist.is_initialized()
+    if joined:
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Runtime(rank, world_size, where)
+    finally:
+        if joined:
+            dist.destroy_process_group()

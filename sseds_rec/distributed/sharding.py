@@ -1,0 +1,115 @@
+"""Which rank holds what: sharders, planner, and the wrapped model."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+
+from sseds_rec.distributed.runtime import Runtime
+from sseds_rec.distributed.tables import KERNEL_MULTIPLE, embedding_modules, table_configs
+from sseds_rec.errors import UserError
+
+Placement = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
+
+
+class ShardingConfig(BaseModel):
+    """The `sharding` section of a config.
+
+    Attributes:
+        type: one sharding type for all tables, or "auto": table-wise on CPU (the planner's mix is no faster there), the
+            planner's choice of table-, row- and column-wise on CUDA. Tables that Adam trains on a CPU are data-parallel,
+            since FBGEMM has no fused Adam there.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Placement = "auto"
+
+
+class BagSharder(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder, with row-wise on CPU as well: its kernels and gloo can, only the default list leaves it out."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        types = super().sharding_types(compute_device_type)
+        return types if ShardingType.ROW_WISE.value in types else [*types, ShardingType.ROW_WISE.value]
+
+
+def shard(model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size: int) -> DistributedModelParallel:
+    """Plans a model whose tables are on the meta device and wraps it; each rank makes only its own shards.
+
+    Args:
+        model: any module tree with EmbeddingBagCollections.
+        config: constraints.
+        runtime: of this process.
+        batch_size: rows per rank and step, for the planner's estimates.
+
+    Raises:
+        UserError: the tables do not fit this topology under the constraints.
+    """
+    sharders: list[ModuleSharder[nn.Module]] = [BagSharder()]  # type: ignore[list-item]
+    plan = plan_sharding(model, config, topology(runtime), batch_size, sharders)
+    return DistributedModelParallel(model, device=runtime.device, plan=plan, sharders=sharders)
+
+
+def plan_sharding(
+    model: nn.Module, config: ShardingConfig, where: Topology, batch_size: int, sharders: list[ModuleSharder[nn.Module]]
+) -> ShardingPlan:
+    """The planner's placement of every table, the same on all ranks."""
+    constraints = {
+        table.name: ParameterConstraints(
+            sharding_types=_allowed(config.type, where.compute_device),
+            compute_kernels=[_kernel(config.type)],
+            # Slim tables are narrower than the planner's default smallest column shard.
+            min_partition=max(KERNEL_MULTIPLE, table.embedding_dim // where.world_size // KERNEL_MULTIPLE * KERNEL_MULTIPLE)
+            if config.type == "column_wise"
+            else None,
+        )
+        for module in embedding_modules(model).values()
+        for table in table_configs(module)
+    }
+    planner = EmbeddingShardingPlanner(topology=where, constraints=constraints, batch_size=batch_size)
+    try:
+        if where.world_size == 1:
+            return planner.plan(model, sharders)
+        return planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    except PlannerError as error:
+        raise UserError(f"sharding.type={config.type}: no plan fits {where.world_size} x {where.compute_device}: {_first_line(error)}") from None
+
+
+def topology(runtime: Runtime) -> Topology:
+    """This job's machines as the planner sees them: real memory sizes, not its 32 GB default."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
+    ddr = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+    cuda = runtime.device.type == "cuda"
+    hbm = torch.cuda.get_device_properties(runtime.device).total_memory if cuda else None
+    return Topology(
+        world_size=runtime.world_size, local_world_size=local, compute_device=runtime.device.type, hbm_cap=hbm, ddr_cap=ddr
+    )
+
+
+def _allowed(placement: Placement, device: str) -> list[str]:
+    if placement != "auto":
+        return [placement]
+    if device == "cpu":
+        return [ShardingType.TABLE_WISE.value]
+    return [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value]
+
+
+def _kernel(placement: Placement) -> str:
+    dense = placement == "data_parallel"
+    return EmbeddingComputeKernel.DENSE.value if dense else EmbeddingComputeKernel.FUSED.value
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,86 @@
+"""A click model: an EmbeddingBagCollection, a model over its output, and the loss the trainer and the search call."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from sseds_rec.data.loader import Batch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from sseds_rec.data.schema import Schema
+from sseds_rec.models.fields import FieldEmbeddings
+from sseds_rec.models.registry import MODELS, ModelConfig
+from sseds_rec.search.plan import DimensionPlan
+
+
+#: Small, so that the first logits are: TorchRec's own start is ±√(1/n), large in tables of few rows.
+_INIT_STD = 0.01
+
+
+class CtrModel(nn.Module):
+    """Batch -> (loss, (loss, logits [B], labels [B])), the convention of TorchRec's own training modules.
+
+    Args:
+        tables: one per field; built on the meta device, `DistributedModelParallel` gives them memory.
+        over: the model over the embeddings.
+        embedding_l2: λ of the penalty λ/2 · mean_b Σ_i ||e_bi||², added to the loss in training only.
+    """
+
+    def __init__(self, tables: list[EmbeddingBagConfig], over: nn.Module, embedding_l2: float = 0.0) -> None:
+        super().__init__()
+        self.embeddings = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+        self.over = over
+        self.embedding_l2 = embedding_l2
+
+    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        embeddings = self.embeddings(batch.sparse)
+        logits = self.over(batch.dense, embeddings)
+        loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
+        reported = loss.detach()
+        if self.training and self.embedding_l2:
+            loss = loss + 0.5 * self.embedding_l2 * embeddings.values().square().sum(dim=1).mean()
+        return loss, (reported, logits.detach(), batch.labels)
+
+
+def build_model(config: ModelConfig, schema: Schema, embedding_l2: float = 0.0) -> CtrModel:
+    """The full model: every field of the schema as one table of `config.embedding_dim` columns."""
+    tables = [
+        EmbeddingBagConfig(
+            name=field.name,
+            feature_names=[field.name],
+            num_embeddings=_rows(field.cardinality),
+            embedding_dim=config.embedding_dim,
+            init_fn=partial(nn.init.normal_, std=_INIT_STD),
+            pooling=PoolingType.MEAN if field.kind == "sequence" else PoolingType.SUM,
+        )
+        for field in schema.sparse_fields
+    ]
+    fields = FieldEmbeddings({field.name: config.embedding_dim for field in schema.sparse_fields})
+    return CtrModel(tables, MODELS[config.name](fields, len(schema.dense_fields), config), embedding_l2)
+
+
+def build_slim_model(
+    config: ModelConfig, schema: Schema, plan: DimensionPlan, transform: str, embedding_l2: float = 0.0
+) -> CtrModel:
+    """The slim model: the plan's tables, dropped fields gone, transform matrices for the interaction part.
+
+    Args:
+        transform: "random" aligns to the widest kept table, as the paper; "select" to the original width, so that the model
+            equals the full one with the dropped columns masked.
+    """
+    dims = {name: dim for name, dim in plan.dims().items() if dim}
+    aligned_dim = config.embedding_dim if transform == "select" else max(dims.values())
+    fields = FieldEmbeddings(dims, aligned_dim)
+    assert fields.alignment is not None
+    if transform == "select":
+        fields.alignment.select({name: plan.tables[name].kept for name in dims})
+    return CtrModel(plan.embedding_bag_configs(), MODELS[config.name](fields, len(schema.dense_fields), config), embedding_l2)
+
+
+def _rows(cardinality: int | None) -> int:
+    assert cardinality is not None, "sparse fields have a cardinality"
+    return cardinality

@@ -1,0 +1,44 @@
+"""DeepFM (Guo et al., IJCAI 2017): first-order, FM and deep parts over one set of embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from sseds_rec.models.fields import FieldEmbeddings
+from sseds_rec.models.layers import fm_interaction, mlp
+from sseds_rec.models.registry import ModelConfig, register
+
+
+@register("deepfm")
+class DeepFM(nn.Module):
+    """z = first order + FM over aligned embeddings + MLP over the raw concatenation.
+
+    The first-order weight of id x in field i is <u_i, e_ix>, a linear read-out of its embedding (the field-wise linear
+    vectors of Pan et al., Field-weighted Factorization Machines, WWW 2018), and not a table of its own: FBGEMM has no
+    width-1 tables, and a width-4 table for one weight would quadruple it. So first-order weights shrink with the tables.
+
+    Args:
+        fields: the embedding side.
+        num_dense: N, dense inputs.
+        config: hidden widths, dropout, batch norm.
+    """
+
+    #: Parameters whose last axis runs over [dense inputs, raw concatenation]: slimming keeps the kept columns' weights.
+    over_raw = ("first_order.weight", "deep.0.weight")
+
+    def __init__(self, fields: FieldEmbeddings, num_dense: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.fields = fields
+        inputs = num_dense + fields.raw_dim
+        self.first_order = nn.Linear(inputs, 1)
+        self.deep = mlp(inputs, config.hidden, config.dropout, config.batch_norm)
+        self.output = nn.Linear(config.hidden[-1], 1, bias=False)
+
+    def forward(self, dense: Tensor, embeddings: KeyedTensor) -> Tensor:
+        """dense [B, N], embeddings over F fields -> logits [B]."""
+        raw, aligned = self.fields(embeddings)
+        inputs = torch.cat([dense, raw], dim=1) if dense.shape[1] else raw
+        linear = self.first_order(inputs) + self.output(self.deep(inputs))
+        return linear.squeeze(1) + fm_interaction(aligned)

@@ -1,0 +1,66 @@
+"""The winning ticket: a slim model that starts from the trained full one (Section 3.2.3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from sseds_rec.errors import UserError
+from sseds_rec.models.ctr import CtrModel
+from sseds_rec.search.plan import DimensionPlan
+from sseds_rec.slim.checkpoint import read_checkpoint_metadata
+
+_TABLES = "embeddings."
+_TRANSFORMS = ".alignment.transforms."
+
+
+def load_ticket(checkpoint: Path, model: DistributedModelParallel, plan: DimensionPlan) -> None:
+    """Starts a sharded slim model from a slim checkpoint, whose dense weights are still those of the full model.
+
+    Tables are taken as they are. Of the weights over the raw concatenation (`over_raw` of the model) the columns of kept
+    dims stay, so that with `select` transforms the model equals the masked full one. Transforms keep their own start.
+
+    Args:
+        checkpoint: from `slim_checkpoint`.
+        model: `CtrModel` built from the plan, sharded; its tables may be placed in any way.
+        plan: of the checkpoint.
+
+    Raises:
+        UserError: a weight is missing or has a shape that cannot be taken over (names it).
+    """
+    module: CtrModel = model.module
+    stored = read_checkpoint_metadata(checkpoint).state_dict_metadata
+    state = model.state_dict()
+    wanted = {name: value for name, value in state.items() if _TRANSFORMS not in name}
+    whole: dict[str, Tensor] = {}
+    for name, value in wanted.items():
+        entry = stored.get(f"model.{name}")
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(f"{checkpoint}: holds no weight {name}; it is not of this model")
+        whole[name] = value if name.startswith(_TABLES) else torch.empty(entry.size, dtype=value.dtype)
+    dcp.load({"model": whole}, checkpoint_id=checkpoint)
+    for name, value in wanted.items():
+        source = whole[name]
+        if source is value:
+            continue
+        if name.removeprefix("over.") in module.over.over_raw:
+            source = source[..., _kept_inputs(source.shape[-1], plan)]
+        if source.shape != value.shape:
+            raise UserError(f"{checkpoint}: {name} is {list(source.shape)}, the model's is {list(value.shape)}")
+        value.copy_(source)
+    model.load_state_dict(state)
+
+
+def _kept_inputs(inputs: int, plan: DimensionPlan) -> Tensor:
+    """Positions of the kept columns in [dense inputs, concatenation of all original fields]."""
+    offset = inputs - sum(table.original_dim for table in plan.tables.values())
+    kept = list(range(offset))
+    for table in plan.tables.values():
+        kept += [offset + column for column in table.kept]
+        offset += table.original_dim
+    return torch.tensor(kept)

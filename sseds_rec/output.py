@@ -1,0 +1,40 @@
+"""Words and tables for the terminal."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+#: Results; progress goes to stderr (`sseds_rec.training.progress`).
+console = Console(highlight=False, soft_wrap=True)
+
+
+def silence_libraries() -> None:
+    """Keeps TorchRec's and torch's advice to developers off the user's terminal."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("torch", "torchrec", "fbgemm_gpu"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def print_comparison(base: dict[str, Any], slim: dict[str, Any]) -> None:
+    """The table at the end of a run: base | slim | change, on the test split."""
+    table = Table(title="Test split, full model against slim model")
+    for heading in ("", "base", "slim", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for label, key, form in (("AUC", "auc", "{:.4f}"), ("logloss", "logloss", "{:.4f}")):
+        table.add_row(label, form.format(base[key]), form.format(slim[key]), f"{slim[key] - base[key]:+.4f}")
+    for label, key in (
+        ("embedding parameters", "embedding_parameters"),
+        ("all parameters", "parameters"),
+        ("training seconds", "seconds"),
+        ("samples/s in training", "samples_per_second"),
+    ):
+        table.add_row(label, f"{base[key]:,.0f}", f"{slim[key]:,.0f}", f"x{slim[key] / base[key]:.3f}")
+    console.print(table)

@@ -1,0 +1,224 @@
+"""pretrain -> search -> slim -> retrain -> report: each stage reads what the one before left on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from sseds_rec.config import Config
+from sseds_rec.data.loader import Loader
+from sseds_rec.data.schema import Schema
+from sseds_rec.distributed.runtime import Runtime
+from sseds_rec.distributed.sharding import shard
+from sseds_rec.errors import UserError
+from sseds_rec.files import write_json, write_text
+from sseds_rec.models import CtrModel, build_model, build_slim_model
+from sseds_rec.models.ticket import load_ticket
+from sseds_rec.report.html import write_report
+from sseds_rec.run_directory import RunDirectory
+from sseds_rec.search.allocate import allocate
+from sseds_rec.search.plan import DimensionPlan
+from sseds_rec.search.saliency import score_dimensions
+from sseds_rec.slim.checkpoint import slim_checkpoint
+from sseds_rec.training.checkpoint import load_weights
+from sseds_rec.training.metrics import evaluate
+from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer, placement_for
+from sseds_rec.training.trainer import Loaders, TrainConfig, Trainer
+
+Split = Literal["train", "validation", "test"]
+
+
+class Pipeline:
+    """The stages of one experiment; call them in order, or one alone when those before it are done.
+
+    Args:
+        config: the experiment.
+        run: its run directory.
+        runtime: of this process.
+
+    Raises:
+        UserError: the data is missing or damaged, the batch size does not divide by the ranks, or settings exclude each
+            other.
+    """
+
+    def __init__(self, config: Config, run: RunDirectory, runtime: Runtime) -> None:
+        self.config, self.run, self.runtime = config, run, runtime
+        self.schema = Schema.load(config.data.path)
+        self.placement = placement_for(config.train.table_optimizer, config.sharding.type, runtime.device)
+        if config.train.batch_size % runtime.world_size:
+            raise UserError(f"train.batch_size={config.train.batch_size} does not divide by {runtime.world_size} ranks; choose a multiple")
+        self.batch_size = config.train.batch_size // runtime.world_size
+
+    def pretrain(self) -> dict[str, Any]:
+        """Trains the full model; leaves `pretrain/checkpoint` (best step) and `pretrain/metrics.json`."""
+        self._seed()
+        train = self.config.train
+        return self._train("pretrain", build_model(self.config.model, self.schema, train.embedding_l2), train, lambda model: None)
+
+    def search(self) -> dict[str, Any]:
+        """Scores the pretrained columns and allocates the budget; leaves `search/saliency.npz` and `search/plan.json`."""
+        self.run.require("search", "pretrain")
+        self._seed()
+        search = self.config.search
+        model = self._shard(build_model(self.config.model, self.schema), self.config.train)
+        load_weights(self.run.path("pretrain", "checkpoint"), model)
+        begun = time.monotonic()
+        batches = self._loader(search.split, shuffle=True)
+        scores = score_dimensions(model, batches, search.criterion, search.num_batches)
+        scores.search |= {"seed": self.config.seed, "split": search.split}
+        plan = allocate(
+            scores, search.budget, multiple=search.multiple, min_dim=search.min_dim, exponent=search.exponent, order=search.order
+        )
+        seconds = time.monotonic() - begun
+
+        def write() -> None:
+            scores.save(self.run.path("search", "saliency.npz"))
+            plan.save(self.run.path("search", "plan.json"))
+
+        self.runtime.on_main(write)
+        metrics = {"seconds": seconds, "batches": scores.search["batches"], "budget": plan.budget, "reached": plan.reached}
+        return self._finish("search", metrics)
+
+    def slim(self) -> dict[str, Any]:
+        """Gathers the plan's columns; leaves `slim/checkpoint`, `slim/tables.json` and the accuracy before retraining."""
+        self.run.require("slim", "search")
+        plan = self._plan()
+        target = self.run.path("slim", "checkpoint")
+
+        def convert() -> None:
+            shutil.rmtree(target, ignore_errors=True)
+            slim_checkpoint(self.run.path("pretrain", "checkpoint"), target, plan)
+            tables = [
+                {"name": c.name, "num_embeddings": c.num_embeddings, "embedding_dim": c.embedding_dim}
+                | {"feature_names": c.feature_names, "pooling": c.pooling.name}
+                for c in plan.embedding_bag_configs()
+            ]
+            write_json(self.run.path("slim", "tables.json"), tables)
+
+        begun = time.monotonic()
+        self.runtime.on_main(convert)
+        seconds = time.monotonic() - begun
+        self._seed()
+        model = self._shard(build_slim_model(self.config.model, self.schema, plan, "select"), self.config.train)
+        load_ticket(target, model, plan)
+        self._write_sharding_plan("slim", model)
+        return self._finish("slim", {**self._test(model), **parameter_counts(model), "seconds": seconds})
+
+    def retrain(self) -> dict[str, Any]:
+        """Trains the slim model from the winning ticket; leaves `retrain/checkpoint` and `retrain/metrics.json`."""
+        self.run.require("retrain", "slim")
+        self._seed()
+        plan, train = self._plan(), self.config.retrain_as_train()
+        model = build_slim_model(self.config.model, self.schema, plan, self.config.retrain.transform, train.embedding_l2)
+        checkpoint = self.run.path("slim", "checkpoint")
+        return self._train("retrain", model, train, lambda sharded: load_ticket(checkpoint, sharded, plan))
+
+    def report(self) -> None:
+        """Writes `report/index.html` from the other stages' artefacts."""
+        self.run.require("report", "retrain")
+        self.runtime.on_main(lambda: (write_report(self.run.folder), None)[1])
+
+    def evaluate(self, stage: Literal["pretrain", "retrain"], split: Split) -> dict[str, Any]:
+        """AUC and logloss of a trained stage on a split."""
+        self.run.require("evaluate", stage)
+        self._seed()
+        model = build_model(self.config.model, self.schema)
+        if stage == "retrain":
+            model = build_slim_model(self.config.model, self.schema, self._plan(), self.config.retrain.transform)
+        sharded = self._shard(model, self.config.train)
+        load_weights(self.run.path(stage, "checkpoint"), sharded)
+        return evaluate(sharded, self._loader(split), self.runtime).as_dict()
+
+    def _train(
+        self, stage: str, model: CtrModel, train: TrainConfig, start: Callable[[DistributedModelParallel], None]
+    ) -> dict[str, Any]:
+        """Trains, keeps the best step's checkpoint, and measures it on the test split."""
+        folder = self.run.path(stage)
+        sharded = self._shard(model, train)
+        start(sharded)
+        self._write_sharding_plan(stage, sharded)
+        optimizer = build_optimizer(sharded, train.table_optimizer, _table_rate(train), train.learning_rate)
+        loaders = Loaders(self._loader("train", shuffle=True, drop_last=True), self._loader("validation"))
+        trainer = Trainer(sharded, optimizer, loaders, train, folder, self.runtime)
+        progress = trainer.fit()
+        best = trainer.checkpoints.path(progress.best_step)
+        self.runtime.on_main(lambda: _keep(best, folder / "checkpoint"))
+        load_weights(folder / "checkpoint", sharded)
+        metrics = {
+            **self._test(sharded),
+            "validation_auc": progress.best_auc,
+            **parameter_counts(sharded),
+            "seconds": progress.seconds,
+            "samples_per_second": progress.samples / progress.train_seconds,
+            "epochs": progress.epoch,
+            "steps": progress.step,
+        }
+        finished = self._finish(stage, metrics)
+        self.runtime.on_main(lambda: shutil.rmtree(trainer.checkpoints.folder, ignore_errors=True))
+        return finished
+
+    def _shard(self, model: CtrModel, train: TrainConfig) -> DistributedModelParallel:
+        fuse_table_optimizer(model, train.table_optimizer, _table_rate(train), self.placement)
+        # From here on ranks draw different numbers: each its own shards' start, and its own dropout.
+        torch.manual_seed(self.config.seed + self.runtime.rank)
+        config = self.config.sharding.model_copy(update={"type": self.placement})
+        return shard(model, config, self.runtime, self.batch_size)
+
+    def _seed(self) -> None:
+        """Makes a stage independent of what ran before it in this process."""
+        torch.manual_seed(self.config.seed)
+
+    def _loader(self, split: Split, shuffle: bool = False, drop_last: bool = False) -> Loader:
+        return Loader(
+            self.config.data.path,
+            split,
+            self.batch_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            seed=self.config.seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+        )
+
+    def _plan(self) -> DimensionPlan:
+        return DimensionPlan.load(self.run.path("search", "plan.json"))
+
+    def _test(self, model: DistributedModelParallel) -> dict[str, float]:
+        metrics = evaluate(model, self._loader("test"), self.runtime)
+        return {"auc": metrics.auc, "logloss": metrics.logloss}
+
+    def _write_sharding_plan(self, stage: str, model: DistributedModelParallel) -> None:
+        self.runtime.on_main(lambda: (write_text(self.run.path(stage, "sharding_plan.txt"), f"{model.plan}\n"), None)[1])
+
+    def _finish(self, stage: str, metrics: dict[str, Any]) -> dict[str, Any]:
+        self.runtime.on_main(lambda: self.run.finish(stage, metrics))
+        return metrics
+
+
+def parameter_counts(model: DistributedModelParallel) -> dict[str, int]:
+    """Numbers in the tables, and in the whole model, counted from its tensors over all ranks."""
+    sizes = {name: tensor.size().numel() for name, tensor in model.state_dict().items()}
+    tables = sum(size for name, size in sizes.items() if ".embedding_bags." in name)
+    return {"embedding_parameters": tables, "parameters": sum(sizes.values())}
+
+
+def _table_rate(train: TrainConfig) -> float:
+    return train.learning_rate if train.table_learning_rate is None else train.table_learning_rate
+
+
+def _keep(source: Path, target: Path) -> None:
+    """Makes `target` a copy of a checkpoint, by links, unless an earlier, killed attempt did."""
+    if target.exists():
+        return
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=os.link)
+    os.replace(temporary, target)

@@ -1,0 +1,72 @@
+"""What a search measures: one score per column of every table, and the tables they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from sseds_rec.errors import UserError
+from sseds_rec.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Table:
+    """The facts about a table that an allocation needs: n_i rows, D columns, who looks it up."""
+
+    rows: int
+    dim: int
+    feature_names: tuple[str, ...] = ()
+    pooling: str = "SUM"
+
+    @classmethod
+    def of(cls, config: EmbeddingBagConfig) -> Table:
+        return cls(config.num_embeddings, config.embedding_dim, tuple(config.feature_names), config.pooling.name)
+
+
+class DimensionScores(Mapping[str, Tensor]):
+    """Table name -> float64 scores [D]; all entries of all tables sum to 1 (Eq. 11).
+
+    Args:
+        raw: table name -> non-negative scores [D], in any scale.
+        tables: the same names -> `Table`.
+        search: how the scores were made (method, criterion, batches, samples, ...); copied into the plan.
+
+    Raises:
+        UserError: a score is not finite, or all are zero, so that there is nothing to rank.
+    """
+
+    def __init__(self, raw: Mapping[str, Tensor], tables: Mapping[str, Table], search: Mapping[str, Any]) -> None:
+        for name, values in raw.items():
+            if not bool(torch.isfinite(values).all()):
+                raise UserError(f"table {name}: its scores are not finite; the model's loss or weights hold NaN or infinity")
+        total = sum(float(values.sum()) for values in raw.values())
+        if total <= 0:
+            raise UserError("every score is zero: no embedding column influences the loss of these batches")
+        self._scores = {name: values.detach().to("cpu", torch.float64) / total for name, values in raw.items()}
+        self.tables = dict(tables)
+        self.search = dict(search)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._scores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def save(self, path: str | Path) -> None:
+        """Writes one float64 array [D] per table, as `.npz`, atomically."""
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez(file, **{name: values.numpy() for name, values in self.items()})  # type: ignore[arg-type]
+
+        write_atomic(path, write)

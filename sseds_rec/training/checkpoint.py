@@ -1,0 +1,127 @@
+"""Training state on disk: DCP folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from torchrec.optim.keyed import KeyedOptimizer
+
+from sseds_rec.distributed.runtime import Runtime
+from sseds_rec.errors import UserError
+from sseds_rec.files import read_json, write_json
+from sseds_rec.slim.checkpoint import read_checkpoint_metadata
+
+_PROGRESS = "progress.json"
+
+
+class Progress(BaseModel):
+    """Where training stands, beside the tensors.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: current epoch, from 0.
+        loader: position in the epoch, as the loader's `state_dict` gives it.
+        best_auc: best validation AUC so far, at `best_step`.
+        bad_epochs: epochs since then.
+        seconds: spent training and validating, over all sessions.
+        train_seconds: of these, in training steps.
+        samples: rows trained on, over all ranks.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int = 0
+    epoch: int = 0
+    loader: dict[str, Any] = {}
+    best_auc: float = 0.0
+    best_step: int = -1
+    bad_epochs: int = 0
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    samples: int = 0
+
+
+class CheckpointStore:
+    """`<folder>/step-00000131/`, one folder a checkpoint.
+
+    Args:
+        folder: where the checkpoints go.
+        runtime: of this process; all ranks save and load together.
+    """
+
+    def __init__(self, folder: Path, runtime: Runtime) -> None:
+        self.folder = folder
+        self.runtime = runtime
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of complete checkpoints, oldest first."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+
+    def save(self, model: nn.Module, optimizer: KeyedOptimizer, progress: Progress) -> None:
+        """Writes a checkpoint of this step, and then removes all but it and the best one."""
+        target = self.path(progress.step)
+        temporary = target.with_name(f".{target.name}.tmp")
+        if self.runtime.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.runtime.barrier()
+        dcp.save(_state(model, optimizer, self.runtime), checkpoint_id=temporary)
+        if self.runtime.is_main:
+            write_json(temporary / _PROGRESS, progress.model_dump())
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            for step in self.steps():
+                if step not in (progress.step, progress.best_step):
+                    shutil.rmtree(self.path(step))
+        self.runtime.barrier()
+
+    def load(self, step: int, model: nn.Module, optimizer: KeyedOptimizer) -> Progress:
+        """Restores model, optimizer and random state in place; the number of ranks may have changed."""
+        return load_training_state(self.path(step), model, optimizer, self.runtime)
+
+
+def load_training_state(path: Path, model: nn.Module, optimizer: KeyedOptimizer, runtime: Runtime) -> Progress:
+    """Restores everything that `CheckpointStore.save` wrote."""
+    stored = read_checkpoint_metadata(path).state_dict_metadata
+    optimizer.init_state()
+    state = _state(model, optimizer, runtime)
+    if not set(state["rng"]) <= {name.removeprefix("rng.") for name in stored if name.startswith("rng.")}:
+        del state["rng"]  # another number of ranks: new ranks go on with their own seed
+    dcp.load(state, checkpoint_id=path)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if "rng" in state:
+        torch.set_rng_state(state["rng"][f"rank{runtime.rank}"])
+    return Progress.model_validate(read_json(path / _PROGRESS))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Loads a checkpoint's model weights, saved under any sharding, into a sharded model.
+
+    Raises:
+        UserError: the checkpoint lacks a weight or holds it in another shape (names it).
+    """
+    stored = read_checkpoint_metadata(path).state_dict_metadata
+    state = model.state_dict()
+    for name, tensor in state.items():
+        entry = stored.get(f"model.{name}")
+        if entry is None or tuple(entry.size) != tuple(tensor.shape):
+            held = "nothing" if entry is None else list(entry.size)
+            raise UserError(f"{path}: {name} is {list(tensor.shape)} in the model, the checkpoint holds {held}")
+    dcp.load({"model": state}, checkpoint_id=path)
+    model.load_state_dict(state)
+
+
+def _state(model: nn.Module, optimizer: KeyedOptimizer, runtime: Runtime) -> dict[str, Any]:
+    rng = {f"rank{runtime.rank}": torch.get_rng_state()}
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng}

@@ -1,0 +1,97 @@
+"""What the user sees while a model trains: a bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+#: Seconds between lines when nobody watches a terminal.
+_LINE_SECONDS = 10.0
+
+console = Console(stderr=True, highlight=False)
+
+
+class StepReporter:
+    """Reports steps of one epoch; use as `with reporter.epoch(...)`.
+
+    Args:
+        enabled: only the main rank reports.
+        stage: "pretrain" or "retrain", the first word of every line.
+    """
+
+    def __init__(self, stage: str, enabled: bool) -> None:
+        self.stage = stage
+        self.enabled = enabled
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._last_line = time.monotonic()
+
+    @contextmanager
+    def epoch(self, epoch: int, epochs: int, first: int, steps: int) -> Iterator[None]:
+        """Shows an epoch of `steps` steps, of which `first` are done already."""
+        self._title, self._steps, self._begun, self._first = f"{self.stage} epoch {epoch + 1}/{epochs}", steps, time.monotonic(), first
+        if not (self.enabled and sys.stderr.isatty()):
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as self._bar:
+            self._task = self._bar.add_task(self._title, total=steps, completed=first, info="")
+            yield
+        self._bar = None
+
+    def step(self, done: int, loss: float, samples_per_second: float) -> None:
+        """Shows that `done` steps of the epoch are done."""
+        if not self.enabled:
+            return
+        info = f"loss {loss:.4f}  {samples_per_second:,.0f} samples/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, info=info)
+        elif time.monotonic() - self._last_line >= _LINE_SECONDS:
+            self._last_line = time.monotonic()
+            eta = (self._last_line - self._begun) / max(done - self._first, 1) * (self._steps - done)
+            console.print(f"{self._title}: {done}/{self._steps} steps  {info}  ETA {eta:.0f} s")
+
+    def line(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self.enabled:
+            (self._bar.console if self._bar else console).print(f"{self.stage}: {text}")
+
+
+class History:
+    """`history.jsonl`: one JSON object a line, in order of steps.
+
+    Args:
+        path: the file; events after `step` are removed, since they will happen again.
+        step: where training goes on.
+        enabled: only the main rank writes.
+    """
+
+    def __init__(self, path: Path, step: int, enabled: bool) -> None:
+        self.path = path
+        self.enabled = enabled
+        if enabled:
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= step]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{line}\n" for line in kept))
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Appends an event."""
+        if self.enabled:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):  # the half-written last line of a killed run
+        return float("inf")

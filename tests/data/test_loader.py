@@ -1,0 +1,253 @@
+"""The loader: every row once, on any number of ranks, in any order, across interruptions."""
+
+import itertools
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torchrec.streamable import Pipelineable
+
+from sseds_rec.data import loader as loader_module
+from sseds_rec.data import parts
+from sseds_rec.data.loader import Loader
+from sseds_rec.data.prepare import prepare_table
+from sseds_rec.data.schema import Schema
+from sseds_rec.errors import UserError
+
+ROWS = 1003
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """1,003 train rows in 3 parts of 4 or fewer row groups; every row has its own id, and tags that follow from it."""
+    base = tmp_path_factory.mktemp("set")
+    generator = np.random.default_rng(0)
+    rows = ROWS + 20
+    pl.DataFrame(
+        {
+            "row": np.arange(rows),
+            "tags": [generator.choice(["a", "b", "c"], row % 4).tolist() for row in range(rows)],
+            "price": generator.exponential(10, rows),
+            "city": generator.choice(["Oslo", "Rome"], rows),
+            "part": ["train"] * ROWS + ["validation"] * 10 + ["test"] * 10,
+            "click": generator.integers(0, 2, rows),
+        }
+    ).write_parquet(base / "raw.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "PART_ROWS", 400)
+        patch.setattr(parts, "ROW_GROUP_ROWS", 100)
+        prepare_table(
+            [base / "raw.parquet"],
+            base / "set",
+            label="click",
+            categorical=["row", "city"],
+            numeric=["price"],
+            sequence=["tags"],
+            numeric_as="dense",
+            split_by="column:part",
+            min_count=1,
+        )
+    return base / "set"
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch):
+    monkeypatch.setattr(loader_module, "SHUFFLE_ROWS", 250)
+
+
+def rows_of(batches):
+    """Every row as a tuple (row id, city, tags, price, label), in order."""
+    rows = []
+    for batch in batches:
+        columns = batch.sparse.to_dict()
+        tags = columns["tags"]
+        words = torch.split(tags.values(), tags.lengths().tolist())
+        single = (columns["row"].values().tolist(), columns["city"].values().tolist())
+        rest = ([tuple(word.tolist()) for word in words], batch.dense[:, 0].tolist(), batch.labels.tolist())
+        rows += zip(*single, *rest, strict=True)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def stored(folder):
+    """The train rows on disk, read by another library."""
+    frame = pl.concat([pl.read_parquet(folder / file) for file in Schema.load(folder).splits["train"].files])
+    return [
+        (r, c, tuple(t), p, label) for label, r, c, p, t in frame.select("label", "row", "city", "price", "tags").rows()
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 7])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 16, 64, 5000])
+def test_ranks_share_the_rows_and_take_equally_many_batches(folder, stored, world_size, shuffle, batch_size):
+    seen, lengths = [], set()
+    for rank in range(world_size):
+        loader = Loader(folder, "train", batch_size, rank=rank, world_size=world_size, shuffle=shuffle)
+        batches = list(loader)
+        sizes = [len(batch.labels) for batch in batches]
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1 and max(sizes) <= batch_size + (batch_size == 1)
+        assert sum(sizes) in (ROWS // world_size, ROWS // world_size + 1)
+        lengths |= {len(loader), len(batches)}
+        seen += rows_of(batches)
+    assert len(lengths) == 1
+    assert Counter(seen) == Counter(stored)
+    if not shuffle:
+        assert seen == stored
+
+
+def test_drop_last_gives_full_batches_only(folder, stored):
+    seen = []
+    for rank in range(3):
+        batches = list(Loader(folder, "train", 50, rank=rank, world_size=3, shuffle=True, drop_last=True))
+        assert [len(batch.labels) for batch in batches] == [50] * 6
+        seen += rows_of(batches)
+    assert len(set(seen)) == 900 and set(seen) <= set(stored)
+
+
+def test_the_order_follows_from_seed_and_epoch(folder):
+    def order(seed, epoch, prefetch=2):
+        loader = Loader(folder, "train", 64, seed=seed, shuffle=True, prefetch=prefetch)
+        loader.set_epoch(epoch)
+        return [row for row, *_ in rows_of(loader)]
+
+    first = order(1, 0)
+    assert first == order(1, 0) == order(1, 0, prefetch=0)
+    others = [order(1, 1), order(2, 0)]
+    assert all(sorted(other) == sorted(first) and other != first for other in others)
+    inside = [row for row, *_ in rows_of([next(iter(Loader(folder, "train", 64)))])]
+    for one in (first, *others):  # shuffled inside the buffer, not only by row group
+        assert len(set(one[:64]) & set(inside)) < 40
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("stop", [0, 1, 5, "end"])
+def test_a_restored_loader_goes_on_with_the_rows_not_yet_seen(folder, world_size, stop):
+    for rank in range(world_size):
+        options = {"rank": rank, "world_size": world_size, "shuffle": True, "seed": 9}
+        whole = Loader(folder, "train", 32, **options)
+        whole.set_epoch(4)
+        expected = rows_of(whole)
+
+        interrupted = Loader(folder, "train", 32, **options)
+        interrupted.set_epoch(4)
+        stop_at = len(interrupted) if stop == "end" else stop
+        before = rows_of(itertools.islice(interrupted, stop_at))
+        state = interrupted.state_dict()
+        resumed = Loader(folder, "train", 32, **options)
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        resumed.set_epoch(4)  # as a trainer does at the start of the epoch it is in
+        assert before + rows_of(resumed) == expected
+        assert rows_of(resumed) == expected  # only the first iteration is partial
+
+
+def test_state_counts_what_was_handed_out_not_what_was_read_ahead(folder):
+    loader = Loader(folder, "train", 32, prefetch=4)
+    batches = iter(loader)
+    next(batches), next(batches)
+    time.sleep(0.05)
+    assert loader.state_dict()["batch"] == 2
+    assert loader.state_dict(trained=1)["batch"] == 1  # a pipeline holds the other one
+    loader.set_epoch(1)
+    assert loader.state_dict()["batch"] == 0
+
+
+def test_a_state_of_other_settings_is_refused(folder):
+    state = Loader(folder, "train", 32, shuffle=True).state_dict()
+    with pytest.raises(UserError, match="batch_size was 32, now 16"):
+        Loader(folder, "train", 16, shuffle=True).load_state_dict(state)
+    with pytest.raises(UserError, match="world_size was 1, now 2"):
+        Loader(folder, "train", 32, shuffle=True, world_size=2).load_state_dict(state)
+    with pytest.raises(UserError, match="batch 99 is no position in 32 batches"):
+        Loader(folder, "train", 32, shuffle=True).load_state_dict({**state, "batch": 99})
+
+
+def test_batches_are_what_a_pipeline_takes(folder):
+    batch = next(iter(Loader(folder, "train", 32)))
+    assert isinstance(batch, Pipelineable)
+    assert batch.sparse.keys() == ["row", "city", "tags"]
+    assert batch.sparse.values().dtype == torch.int64 and batch.sparse.lengths().dtype == torch.int32
+    assert batch.sparse.stride() == len(batch.labels) and batch.dense.shape == (len(batch.labels), 1)
+    assert batch.dense.dtype == batch.labels.dtype == torch.float32
+    moved = batch.to(torch.device("meta"), non_blocking=True)
+    assert {moved.dense.device.type, moved.sparse.values().device.type, moved.labels.device.type} == {"meta"}
+
+
+def test_the_thread_ends_with_its_iterator(folder):
+    before = threading.active_count()
+    batches = iter(Loader(folder, "train", 4, prefetch=1))
+    next(batches)
+    assert threading.active_count() == before + 1
+    del batches
+    assert threading.active_count() == before
+
+
+def damaged(folder, copy, change):
+    """A copy of the set with one part of train replaced by `change(table)`."""
+    schema = Schema.load(folder)
+    for split in schema.splits.values():
+        for file in split.files:
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            (copy / file).write_bytes((folder / file).read_bytes())
+    schema.save(copy)
+    victim = copy / schema.splits["train"].files[1]
+    changed = change(pl.from_arrow(pq.read_table(victim)))
+    if changed is None:
+        victim.unlink()
+    else:
+        changed.write_parquet(victim, row_group_size=100)
+    return copy
+
+
+def at(row, column, value):
+    """Sets one cell, counted from 1."""
+    return lambda t: t.with_columns(
+        pl.when(pl.int_range(pl.len()) == row - 1).then(value).otherwise(column).alias(column)
+    )
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            at(205, "row", pl.lit(5000, pl.Int32)),
+            r"part-00001.parquet, row 205: field 'row': id 5000 is outside .* 1005 rows",
+        ),
+        (
+            at(7, "city", pl.lit(-1, pl.Int32)),
+            "part-00001.parquet, row 7: field 'city': id -1 is outside its table of 4 rows",
+        ),
+        (
+            at(103, "tags", pl.lit([2, 9], pl.List(pl.Int32))),
+            "part-00001.parquet, row 103: field 'tags': id 9 is outside",
+        ),
+        (at(150, "label", pl.lit(2, pl.Int8)), "part-00001.parquet, row 150: label 2 is neither 0 nor 1"),
+        (at(150, "city", None), "part-00001.parquet, row 150: 'city' is empty"),
+        (lambda t: t.drop("city"), "part-00001.parquet: no column 'city'"),
+        (lambda t: t.cast({"city": pl.String}), "part-00001.parquet: column 'city' holds .*string"),
+        (lambda t: t.head(50), "the train files hold 653 rows, schema.json says 1003"),
+        (lambda t: None, "part-00001.parquet: no such file"),
+    ],
+)
+def test_damaged_files_are_one_line_in_the_consumer(folder, tmp_path, change, message, prefetch):
+    with pytest.raises(UserError, match=message) as refused:
+        list(Loader(damaged(folder, tmp_path / "copy", change), "train", 64, prefetch=prefetch))
+    assert "\n" not in str(refused.value)
+
+
+def test_too_few_rows_are_refused_before_anything_hangs(folder):
+    with pytest.raises(UserError, match="the test split has 10 rows, fewer than the 11 processes"):
+        Loader(folder, "test", 4, world_size=11)
+    with pytest.raises(UserError, match="batch size 6 is more than a process's 5 rows of test"):
+        Loader(folder, "test", 6, world_size=2, drop_last=True)
+    with pytest.raises(UserError, match="batch size 0"):
+        Loader(folder, "test", 0)
+    with pytest.raises(UserError, match="split 'dev': must be one of train, validation, test"):
+        Loader(folder, "dev", 4)
