@@ -20,13 +20,14 @@ from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import shard
 from sseds_rec.errors import UserError
 from sseds_rec.files import write_json, write_text
-from sseds_rec.models import CtrModel, build_model, build_slim_model
+from sseds_rec.models import CtrModel, build_model, build_slim_model, rows_of
 from sseds_rec.models.ticket import load_ticket
 from sseds_rec.report.html import write_report
 from sseds_rec.run_directory import RunDirectory
-from sseds_rec.search.allocate import allocate
+from sseds_rec.search.allocate import allocate, check_budget
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.saliency import score_dimensions
+from sseds_rec.search.scores import Table
 from sseds_rec.slim.checkpoint import slim_checkpoint
 from sseds_rec.training.checkpoint import load_weights
 from sseds_rec.training.metrics import evaluate
@@ -56,6 +57,8 @@ class Pipeline:
         if config.train.batch_size % runtime.world_size:
             raise UserError(f"train.batch_size={config.train.batch_size} does not divide by {runtime.world_size} ranks; choose a multiple")
         self.batch_size = config.train.batch_size // runtime.world_size
+        tables = {field.name: Table(rows_of(field), config.model.embedding_dim) for field in self.schema.sparse_fields}
+        check_budget(tables, config.search.budget, config.search.multiple, config.search.min_dim)
 
     def pretrain(self) -> dict[str, Any]:
         """Trains the full model; leaves `pretrain/checkpoint` (best step) and `pretrain/metrics.json`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from sseds_rec.data.schema import Schema
+from sseds_rec.data.schema import Field, Schema
 from sseds_rec.models.fields import FieldEmbeddings
 from sseds_rec.models.registry import MODELS, ModelConfig
 from sseds_rec.search.plan import DimensionPlan
@@ -52,7 +52,7 @@ def build_model(config: ModelConfig, schema: Schema, embedding_l2: float = 0.0) 
         EmbeddingBagConfig(
             name=field.name,
             feature_names=[field.name],
-            num_embeddings=_rows(field.cardinality),
+            num_embeddings=rows_of(field),
             embedding_dim=config.embedding_dim,
             init_fn=partial(nn.init.normal_, std=_INIT_STD),
             pooling=PoolingType.MEAN if field.kind == "sequence" else PoolingType.SUM,
@@ -81,6 +81,7 @@ def build_slim_model(
     return CtrModel(plan.embedding_bag_configs(), MODELS[config.name](fields, len(schema.dense_fields), config), embedding_l2)
 
 
-def _rows(cardinality: int | None) -> int:
-    assert cardinality is not None, "sparse fields have a cardinality"
-    return cardinality
+def rows_of(field: Field) -> int:
+    """n_i of a sparse field's table."""
+    assert field.cardinality is not None, "sparse fields have a cardinality"
+    return field.cardinality

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal
 
@@ -88,23 +89,17 @@ def allocate(
         The plan. `reached` is never above `budget`.
 
     Raises:
-        UserError: a table's width is not a multiple of `multiple`, the floor alone exceeds the budget, or the budget
-            cannot hold a single group.
+        UserError: see `check_budget`; or `order="stop"` ends before the first group.
     """
     names = list(scores)
     tables = [scores.tables[name] for name in names]
-    for name, table in zip(names, tables, strict=True):
-        if table.dim % multiple:
-            raise UserError(f"table {name}: embedding_dim {table.dim} is not a multiple of {multiple}; allocate with multiple=1 or widen the table")
-    limit = budget.limit(tables)
+    check_budget(scores.tables, budget, multiple, min_dim)
     ranked_columns = [np.argsort(-scores[name].numpy(), kind="stable") for name in names]
-    floor = -(-min_dim // multiple) * multiple
-    dims = np.array([min(floor, table.dim) for table in tables])
-    left = limit - int(sum(dim * budget.column_cost(table) for dim, table in zip(dims, tables, strict=True)))
-    if left < 0:
-        raise UserError(f"a floor of {floor} columns in each of {len(tables)} tables needs {limit - left:,}, the budget allows {limit:,}; lower min_dim or raise the budget")
+    dims = np.array([_floor(table, multiple, min_dim) for table in tables])
+    left = budget.limit(tables) - int(sum(dim * budget.column_cost(table) for dim, table in zip(dims, tables, strict=True)))
 
-    owners, keys = _ranked_groups([scores[n].numpy()[c] for n, c in zip(names, ranked_columns, strict=True)], tables, dims, multiple, exponent)
+    sorted_scores = [scores[name].numpy()[columns] for name, columns in zip(names, ranked_columns, strict=True)]
+    owners, keys = _ranked_groups(sorted_scores, tables, dims, multiple, exponent)
     for owner in owners[np.argsort(-keys, kind="stable")]:
         cost = multiple * budget.column_cost(tables[owner])
         if cost <= left:
@@ -113,10 +108,38 @@ def allocate(
         elif order == "stop":
             break
     if not dims.any():
-        raise UserError(f"the budget of {limit:,} keeps no column: the cheapest group of {multiple} costs {multiple * min(budget.column_cost(t) for t in tables):,}; raise the budget")
+        raise UserError("the budget cannot hold the first-ranked columns, and order=stop ends there; raise the budget or use order=fill")
     kept = {name: sorted(columns[:dim].tolist()) for name, columns, dim in zip(names, ranked_columns, dims, strict=True)}
     ranking = {"multiple": multiple, "min_dim": min_dim, "exponent": exponent, "order": order}
     return _plan(scores, kept, budget, ranking)
+
+
+def check_budget(tables: Mapping[str, Table], budget: Budget, multiple: int, min_dim: int) -> None:
+    """Refuses what no scores could make possible; needs no scores, so it can be asked before training.
+
+    Raises:
+        UserError: a table's width is not a multiple of `multiple`, the floor alone exceeds the budget, or the budget
+            cannot hold the cheapest group of columns.
+    """
+    for name, table in tables.items():
+        if table.dim % multiple:
+            raise UserError(
+                f"table {name}: embedding_dim {table.dim} is not a multiple of {multiple}; allocate with multiple=1 or widen the table"
+            )
+    limit = budget.limit(list(tables.values()))
+    floors = sum(_floor(table, multiple, min_dim) * budget.column_cost(table) for table in tables.values())
+    if floors > limit:
+        raise UserError(
+            f"a floor of {min_dim} columns in each of {len(tables)} tables needs {floors:,}, the budget allows {limit:,}; "
+            "lower min_dim or raise the budget"
+        )
+    cheapest = multiple * min(budget.column_cost(table) for table in tables.values())
+    if cheapest > limit:
+        raise UserError(f"the budget of {limit:,} keeps no column: the cheapest group of {multiple} costs {cheapest:,}; raise the budget")
+
+
+def _floor(table: Table, multiple: int, min_dim: int) -> int:
+    return min(-(-min_dim // multiple) * multiple, table.dim)
 
 
 def _ranked_groups(

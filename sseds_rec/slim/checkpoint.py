@@ -119,6 +119,7 @@ class _Conversion:
     """What becomes of each stored chunk: the target's metadata, and the target's content from the source's."""
 
     def __init__(self, src: Path, metadata: Metadata, entries: dict[str, str], plan: DimensionPlan) -> None:
+        self.src = src
         self.metadata = metadata
         self.reader = FileSystemReader(src)
         self.reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -170,7 +171,10 @@ class _Conversion:
         planner = _ReadOne(torch.empty(chunk.sizes, dtype=stored.properties.dtype))
         index, origin = MetadataIndex(name, chunk.offsets), torch.Size([0] * len(chunk.sizes))
         item = ReadItem(LoadItemType.TENSOR, index, origin, index, origin, chunk.sizes)
-        self.reader.read_data(LoadPlan([item]), planner).wait()
+        try:
+            self.reader.read_data(LoadPlan([item]), planner).wait()
+        except Exception as error:  # a damaged file can fail in any way
+            raise UserError(f"{self.src}: {name} cannot be read ({type(error).__name__}); the checkpoint is damaged") from error
         assert planner.tensor is not None
         return planner.tensor
 

@@ -16,6 +16,7 @@ from sseds_rec.data import loader as loader_module
 from sseds_rec.data import parts
 from sseds_rec.data.loader import Loader
 from sseds_rec.data.prepare import prepare_table
+from sseds_rec.data.rows import RowGroups
 from sseds_rec.data.schema import Schema
 from sseds_rec.errors import UserError
 
@@ -251,3 +252,20 @@ def test_too_few_rows_are_refused_before_anything_hangs(folder):
         Loader(folder, "test", 0)
     with pytest.raises(UserError, match="split 'dev': must be one of train, validation, test"):
         Loader(folder, "dev", 4)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_only_the_row_groups_that_are_needed_are_read(folder, monkeypatch, shuffle):
+    read, opened = RowGroups.read, []
+    monkeypatch.setattr(RowGroups, "read", lambda groups, index: opened.append(index) or read(groups, index))
+    sizes = Loader(folder, "train", 32)._groups.sizes  # 11 row groups of 100 rows or less
+
+    for rank in range(3):
+        opened.clear()
+        list(Loader(folder, "train", 32, rank=rank, world_size=3, shuffle=shuffle))
+        assert len(opened) == len(set(opened)) <= 6 < len(sizes)
+    loader = Loader(folder, "train", 32, shuffle=shuffle)
+    loader.load_state_dict({**loader.state_dict(), "batch": len(loader) - 1})
+    opened.clear()
+    list(loader)
+    assert 1 <= len(opened) <= 3
