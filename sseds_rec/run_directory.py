@@ -44,7 +44,9 @@ class RunDirectory:
         """
         if not self.done(stage):
             verb = "train" if stage == "pretrain" else stage
-            raise UserError(f"{self.folder}: {what} needs the {stage} stage, which has not finished here; run `sseds {verb}` first")
+            raise UserError(
+                f"{self.folder}: {what} needs the {stage} stage, which has not finished here; run `sseds {verb}` first"
+            )
 
     def finish(self, stage: str, metrics: dict[str, Any]) -> None:
         """Marks a stage done: writes its metrics, and the run's `metrics.json` from those of all stages."""
@@ -122,4 +124,6 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

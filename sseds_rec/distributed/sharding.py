@@ -71,7 +71,9 @@ def plan_sharding(
             sharding_types=_allowed(config.type, where.compute_device),
             compute_kernels=[_kernel(config.type)],
             # Slim tables are narrower than the planner's default smallest column shard.
-            min_partition=max(KERNEL_MULTIPLE, table.embedding_dim // where.world_size // KERNEL_MULTIPLE * KERNEL_MULTIPLE)
+            min_partition=max(
+                KERNEL_MULTIPLE, table.embedding_dim // where.world_size // KERNEL_MULTIPLE * KERNEL_MULTIPLE
+            )
             if config.type == "column_wise"
             else None,
         )
@@ -84,7 +86,9 @@ def plan_sharding(
             return planner.plan(model, sharders)
         return planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     except PlannerError as error:
-        raise UserError(f"sharding.type={config.type}: no plan fits {where.world_size} x {where.compute_device}: {_first_line(error)}") from None
+        raise UserError(
+            f"sharding.type={config.type}: no plan fits {where.world_size} x {where.compute_device}: {_first_line(error)}"
+        ) from None
 
 
 def topology(runtime: Runtime) -> Topology:
@@ -94,7 +98,11 @@ def topology(runtime: Runtime) -> Topology:
     cuda = runtime.device.type == "cuda"
     hbm = torch.cuda.get_device_properties(runtime.device).total_memory if cuda else None
     return Topology(
-        world_size=runtime.world_size, local_world_size=local, compute_device=runtime.device.type, hbm_cap=hbm, ddr_cap=ddr
+        world_size=runtime.world_size,
+        local_world_size=local,
+        compute_device=runtime.device.type,
+        hbm_cap=hbm,
+        ddr_cap=ddr,
     )
 
 

@@ -6,16 +6,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from sseds_rec.data.loader import Batch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from sseds_rec.data.loader import Batch
 from sseds_rec.data.schema import Field, Schema
 from sseds_rec.models.fields import FieldEmbeddings
 from sseds_rec.models.registry import MODELS, ModelConfig
 from sseds_rec.search.plan import DimensionPlan
-
 
 #: Small, so that the first logits are: TorchRec's own start is ±√(1/n), large in tables of few rows.
 _INIT_STD = 0.01
@@ -78,7 +77,9 @@ def build_slim_model(
     assert fields.alignment is not None
     if transform == "select":
         fields.alignment.select({name: plan.tables[name].kept for name in dims})
-    return CtrModel(plan.embedding_bag_configs(), MODELS[config.name](fields, len(schema.dense_fields), config), embedding_l2)
+    return CtrModel(
+        plan.embedding_bag_configs(), MODELS[config.name](fields, len(schema.dense_fields), config), embedding_l2
+    )
 
 
 def rows_of(field: Field) -> int:

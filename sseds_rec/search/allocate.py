@@ -45,7 +45,9 @@ class Budget(BaseModel):
 
     def asked(self) -> dict[str, float | int]:
         """The budget as it was given: {"parameters": 0.1}."""
-        return {name: value for name, value in (("parameters", self.parameters), ("dims", self.dims)) if value is not None}
+        return {
+            name: value for name, value in (("parameters", self.parameters), ("dims", self.dims)) if value is not None
+        }
 
     def column_cost(self, table: Table) -> int:
         """What one column of a table costs in this budget's unit."""
@@ -96,7 +98,9 @@ def allocate(
     check_budget(scores.tables, budget, multiple, min_dim)
     ranked_columns = [np.argsort(-scores[name].numpy(), kind="stable") for name in names]
     dims = np.array([_floor(table, multiple, min_dim) for table in tables])
-    left = budget.limit(tables) - int(sum(dim * budget.column_cost(table) for dim, table in zip(dims, tables, strict=True)))
+    left = budget.limit(tables) - int(
+        sum(dim * budget.column_cost(table) for dim, table in zip(dims, tables, strict=True))
+    )
 
     sorted_scores = [scores[name].numpy()[columns] for name, columns in zip(names, ranked_columns, strict=True)]
     owners, keys = _ranked_groups(sorted_scores, tables, dims, multiple, exponent)
@@ -108,8 +112,12 @@ def allocate(
         elif order == "stop":
             break
     if not dims.any():
-        raise UserError("the budget cannot hold the first-ranked columns, and order=stop ends there; raise the budget or use order=fill")
-    kept = {name: sorted(columns[:dim].tolist()) for name, columns, dim in zip(names, ranked_columns, dims, strict=True)}
+        raise UserError(
+            "the budget cannot hold the first-ranked columns, and order=stop ends there; raise the budget or use order=fill"
+        )
+    kept = {
+        name: sorted(columns[:dim].tolist()) for name, columns, dim in zip(names, ranked_columns, dims, strict=True)
+    }
     ranking = {"multiple": multiple, "min_dim": min_dim, "exponent": exponent, "order": order}
     return _plan(scores, kept, budget, ranking)
 
@@ -135,7 +143,9 @@ def check_budget(tables: Mapping[str, Table], budget: Budget, multiple: int, min
         )
     cheapest = multiple * min(budget.column_cost(table) for table in tables.values())
     if cheapest > limit:
-        raise UserError(f"the budget of {limit:,} keeps no column: the cheapest group of {multiple} costs {cheapest:,}; raise the budget")
+        raise UserError(
+            f"the budget of {limit:,} keeps no column: the cheapest group of {multiple} costs {cheapest:,}; raise the budget"
+        )
 
 
 def _floor(table: Table, multiple: int, min_dim: int) -> int:
@@ -154,7 +164,9 @@ def _ranked_groups(
     return np.concatenate(owners), np.concatenate(keys)
 
 
-def _plan(scores: DimensionScores, kept: dict[str, list[int]], budget: Budget, ranking: dict[str, float | int | str]) -> DimensionPlan:
+def _plan(
+    scores: DimensionScores, kept: dict[str, list[int]], budget: Budget, ranking: dict[str, float | int | str]
+) -> DimensionPlan:
     tables = {}
     for name, columns in kept.items():
         table, own = scores.tables[name], scores[name]
@@ -172,7 +184,9 @@ def _plan(scores: DimensionScores, kept: dict[str, list[int]], budget: Budget, r
     plans = tables.values()
     reached = {
         "parameters": _share(sum(t.rows * t.embedding_dim for t in plans), sum(t.rows * t.original_dim for t in plans)),
-        "stored_parameters": _share(sum(t.rows * t.stored_dim for t in plans), sum(t.rows * stored_dim(t.original_dim) for t in plans)),
+        "stored_parameters": _share(
+            sum(t.rows * t.stored_dim for t in plans), sum(t.rows * stored_dim(t.original_dim) for t in plans)
+        ),
         "dims": _share(sum(t.embedding_dim for t in plans), sum(t.original_dim for t in plans)),
     }
     return DimensionPlan(tables=tables, budget=budget.asked(), reached=reached, search={**scores.search, **ranking})

@@ -49,11 +49,15 @@ class RecordedLosses:
         """
         if not self.calls:
             known = ", ".join(f.__name__ for f in _CURVATURE)
-            raise UserError(f"criterion 'ggn' found no logits: the loss calls none of {known}; use one of them or criterion='snip'")
+            raise UserError(
+                f"criterion 'ggn' found no logits: the loss calls none of {known}; use one of them or criterion='snip'"
+            )
         found = []
         for function, prediction, target, weight in self.calls:
             if prediction.numel() != rows:
-                raise UserError(f"criterion 'ggn' needs one prediction per row, {function.__name__} got {tuple(prediction.shape)} for {rows} rows")
+                raise UserError(
+                    f"criterion 'ggn' needs one prediction per row, {function.__name__} got {tuple(prediction.shape)} for {rows} rows"
+                )
             curvature = _CURVATURE[function](prediction.detach(), target)
             if weight is not None:
                 curvature = curvature * weight
@@ -61,7 +65,7 @@ class RecordedLosses:
         return found
 
 
-class record_losses(TorchFunctionMode):  # noqa: N801  (a context manager, named like one)
+class record_losses(TorchFunctionMode):
     """While entered, keeps the prediction and target of every known loss function; calls go through unchanged."""
 
     def __enter__(self) -> RecordedLosses:
@@ -70,12 +74,18 @@ class record_losses(TorchFunctionMode):  # noqa: N801  (a context manager, named
         return self.recorded
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in _CURVATURE:
             named = dict(zip(("input", "target", "weight"), args, strict=False)) | kwargs
             if named.get("pos_weight") is not None:
-                raise UserError("criterion 'ggn' does not take pos_weight; weigh samples with weight= or use criterion='snip'")
+                raise UserError(
+                    "criterion 'ggn' does not take pos_weight; weigh samples with weight= or use criterion='snip'"
+                )
             self.recorded.calls.append((func, named["input"], named["target"], named.get("weight")))
         return func(*args, **kwargs)

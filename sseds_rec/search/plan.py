@@ -45,7 +45,9 @@ class TablePlan(BaseModel):
         if self.embedding_dim != len(self.kept):
             raise ValueError(f"embedding_dim={self.embedding_dim} but {len(self.kept)} columns are kept")
         if self.stored_dim != stored_dim(self.embedding_dim):
-            raise ValueError(f"stored_dim={self.stored_dim}, but {self.embedding_dim} columns are stored as {stored_dim(self.embedding_dim)}")
+            raise ValueError(
+                f"stored_dim={self.stored_dim}, but {self.embedding_dim} columns are stored as {stored_dim(self.embedding_dim)}"
+            )
         return self
 
 

@@ -88,15 +88,25 @@ def _batch_statistics(
         result = loss_fn(model, batch) if loss_fn else model(batch)
     loss = result if isinstance(result, Tensor) else result[0]
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise UserError("the model must return its mean loss (a scalar), or a tuple that begins with it; give loss_fn otherwise")
+        raise UserError(
+            "the model must return its mean loss (a scalar), or a tuple that begins with it; give loss_fn otherwise"
+        )
     if not bool(torch.isfinite(loss)):
-        raise UserError(f"the loss of a scoring batch is {float(loss.detach())}; the model's weights or the batch hold NaN or infinity")
+        raise UserError(
+            f"the loss of a scoring batch is {float(loss.detach())}; the model's weights or the batch hold NaN or infinity"
+        )
     rows = _rows(taps)
     # The loss is a mean over this rank's rows: times rows it is a sum, so that ranks and batches weigh by their rows.
-    targets = [(loss * rows, None)] if criterion.of == "loss" else [(z.sum(), h) for z, h in recorded.logits_and_curvatures(rows)]
+    targets = (
+        [(loss * rows, None)]
+        if criterion.of == "loss"
+        else [(z.sum(), h) for z, h in recorded.logits_and_curvatures(rows)]
+    )
     leaves = [leaf for tap in taps for leaf, _ in tap.outputs]
     for target, curvature in targets:
-        gradients = torch.autograd.grad(target, leaves, retain_graph=len(targets) > 1, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            target, leaves, retain_graph=len(targets) > 1, allow_unused=True, materialize_grads=True
+        )
         position = 0
         for tap in taps:
             own = list(gradients[position : position + len(tap.outputs)])
@@ -109,7 +119,9 @@ def _rows(taps: list[Tap]) -> int:
     """B of the batch just seen."""
     sizes = {leaf.shape[0] for tap in taps for leaf, _ in tap.outputs}
     if len(sizes) != 1:
-        raise UserError(f"the embedding modules saw batches of different sizes ({sorted(sizes)}); they cannot be scored together")
+        raise UserError(
+            f"the embedding modules saw batches of different sizes ({sorted(sizes)}); they cannot be scored together"
+        )
     return sizes.pop()
 
 

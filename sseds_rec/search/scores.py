@@ -45,7 +45,9 @@ class DimensionScores(Mapping[str, Tensor]):
     def __init__(self, raw: Mapping[str, Tensor], tables: Mapping[str, Table], search: Mapping[str, Any]) -> None:
         for name, values in raw.items():
             if not bool(torch.isfinite(values).all()):
-                raise UserError(f"table {name}: its scores are not finite; the model's loss or weights hold NaN or infinity")
+                raise UserError(
+                    f"table {name}: its scores are not finite; the model's loss or weights hold NaN or infinity"
+                )
         total = sum(float(values.sum()) for values in raw.values())
         if total <= 0:
             raise UserError("every score is zero: no embedding column influences the loss of these batches")

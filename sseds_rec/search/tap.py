@@ -63,7 +63,9 @@ class Tap:
         total = {}
         for table, keys in self.keys_by_table.items():
             parts = [
-                product.narrow(1, *columns[key]) for product, (_, columns) in zip(products, self.outputs, strict=True) for key in keys
+                product.narrow(1, *columns[key])
+                for product, (_, columns) in zip(products, self.outputs, strict=True)
+                for key in keys
             ]
             total[table] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
         return total

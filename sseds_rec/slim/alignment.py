@@ -28,7 +28,9 @@ class Alignment(nn.Module):
         self.aligned_dim = aligned_dim
         self.tables = [tables[feature] if tables else feature for feature in dims]
         widths = dict(zip(self.tables, self.dims, strict=True))
-        self.transforms = nn.ParameterDict({table: nn.Parameter(torch.empty(aligned_dim, d)) for table, d in widths.items()})
+        self.transforms = nn.ParameterDict(
+            {table: nn.Parameter(torch.empty(aligned_dim, d)) for table, d in widths.items()}
+        )
         self.groups = {d: [i for i, own in enumerate(self.dims) if own == d] for d in sorted(set(self.dims))}
         order = [i for members in self.groups.values() for i in members]
         self.register_buffer("position", torch.tensor(order).argsort(), persistent=False)

@@ -90,7 +90,9 @@ def read_checkpoint_metadata(path: str | Path) -> Metadata:
     except FileNotFoundError:
         raise UserError(f"{path}: no checkpoint here (.metadata is missing)") from None
     except Exception as error:  # unpickling a damaged file can raise anything
-        raise UserError(f"{path}: its .metadata cannot be read ({type(error).__name__}); restore the checkpoint") from None
+        raise UserError(
+            f"{path}: its .metadata cannot be read ({type(error).__name__}); restore the checkpoint"
+        ) from None
 
 
 def _entries_by_table(metadata: Metadata, plan: DimensionPlan) -> dict[str, str]:
@@ -138,7 +140,10 @@ class _Conversion:
             return stored
         table = self.gathered[name]
         row_ranges = sorted({(chunk.offsets[0], chunk.sizes[0]) for chunk in stored.chunks})
-        chunks = [ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([rows, table.stored_dim])) for start, rows in row_ranges]
+        chunks = [
+            ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([rows, table.stored_dim]))
+            for start, rows in row_ranges
+        ]
         return replace(stored, size=torch.Size([table.rows, table.stored_dim]), chunks=chunks)
 
     def content(self, name: str, offsets: torch.Size) -> Tensor:
@@ -161,7 +166,14 @@ class _Conversion:
     def raw(self, name: str) -> io.BytesIO:
         """An entry that is no tensor, as stored."""
         planner = _ReadOne(None)
-        item = ReadItem(LoadItemType.BYTE_IO, MetadataIndex(name), torch.Size([0]), MetadataIndex(name), torch.Size([0]), torch.Size([0]))
+        item = ReadItem(
+            LoadItemType.BYTE_IO,
+            MetadataIndex(name),
+            torch.Size([0]),
+            MetadataIndex(name),
+            torch.Size([0]),
+            torch.Size([0]),
+        )
         self.reader.read_data(LoadPlan([item]), planner).wait()
         return planner.bytes
 
@@ -174,7 +186,9 @@ class _Conversion:
         try:
             self.reader.read_data(LoadPlan([item]), planner).wait()
         except Exception as error:  # a damaged file can fail in any way
-            raise UserError(f"{self.src}: {name} cannot be read ({type(error).__name__}); the checkpoint is damaged") from error
+            raise UserError(
+                f"{self.src}: {name} cannot be read ({type(error).__name__}); the checkpoint is damaged"
+            ) from error
         assert planner.tensor is not None
         return planner.tensor
 
@@ -230,7 +244,9 @@ class _StreamingSavePlanner(SavePlanner):
                 continue
             for index, chunk in enumerate(stored.chunks):
                 data = TensorWriteData(chunk, stored.properties, stored.size)
-                items.append(WriteItem(MetadataIndex(name, chunk.offsets, index), WriteItemType.SHARD, tensor_data=data))
+                items.append(
+                    WriteItem(MetadataIndex(name, chunk.offsets, index), WriteItemType.SHARD, tensor_data=data)
+                )
         paths = self.conversion.metadata.planner_data
         kept = {name: paths[name] for name in target if name in paths} if isinstance(paths, dict) else paths
         return SavePlan(items), Metadata(target, planner_data=kept)

@@ -34,11 +34,15 @@ class SlimEmbeddingBagCollection(nn.Module):
         UserError: the plan drops every table.
     """
 
-    def __init__(self, configs: list[EmbeddingBagConfig], plans: dict[str, TablePlan], device: torch.device, init: Init) -> None:
+    def __init__(
+        self, configs: list[EmbeddingBagConfig], plans: dict[str, TablePlan], device: torch.device, init: Init
+    ) -> None:
         super().__init__()
         kept = [config for config in configs if plans[config.name].kept]
         if not kept:
-            raise UserError(f"the plan drops all tables of one EmbeddingBagCollection ({', '.join(plans)}); raise the budget or set min_dim")
+            raise UserError(
+                f"the plan drops all tables of one EmbeddingBagCollection ({', '.join(plans)}); raise the budget or set min_dim"
+            )
         names = dict(zip((c.name for c in configs), get_embedding_names_by_table(configs), strict=True))
         self.embedding_bag_collection = EmbeddingBagCollection(
             tables=[dataclasses.replace(c, embedding_dim=plans[c.name].stored_dim) for c in kept], device=device
@@ -51,7 +55,9 @@ class SlimEmbeddingBagCollection(nn.Module):
         self.alignments = nn.ModuleDict()
         for width in sorted({self.original[key] for key in self.stored}):
             keys = [key for key in self.stored if self.original[key] == width]
-            alignment = Alignment({k: self.stored[k] for k in keys}, width, {k: tables[k] for k in keys}).to(weights_device)
+            alignment = Alignment({k: self.stored[k] for k in keys}, width, {k: tables[k] for k in keys}).to(
+                weights_device
+            )
             if init == "select":
                 alignment.select({tables[k]: plans[tables[k]].kept for k in keys})
             self.alignments[str(width)] = alignment
@@ -65,7 +71,10 @@ class SlimEmbeddingBagCollection(nn.Module):
             keys = [key for key in self.stored if self.original[key] == int(width)]
             aligned |= zip(keys, alignment(torch.cat([columns[k] for k in keys], dim=1)).unbind(1), strict=True)
         any_column = next(iter(columns.values()))
-        values = [aligned[k] if k in aligned else any_column.new_zeros(any_column.shape[0], d) for k, d in self.original.items()]
+        values = [
+            aligned[k] if k in aligned else any_column.new_zeros(any_column.shape[0], d)
+            for k, d in self.original.items()
+        ]
         return KeyedTensor.from_tensor_list(list(self.original), values)
 
 
@@ -87,7 +96,9 @@ def slim(model: nn.Module, plan: DimensionPlan, init: Init = "select") -> nn.Mod
     modules = embedding_modules(model)
     for path, module in modules.items():
         if not isinstance(module, EmbeddingBagCollection):
-            raise UserError(f"{path}: {type(module).__name__} is already sharded; call slim() before DistributedModelParallel")
+            raise UserError(
+                f"{path}: {type(module).__name__} is already sharded; call slim() before DistributedModelParallel"
+            )
     check_plan(plan, model)
     names = qualified_tables(modules)
     memo: dict[int, nn.Module] = {}
@@ -111,7 +122,9 @@ def check_plan(plan: DimensionPlan, model: nn.Module) -> None:
     tables = plan_tables(embedding_modules(model))
     for name in [*tables, *plan.tables]:
         if name not in plan.tables or name not in tables:
-            raise UserError(f"table {name} is in the {'model' if name in tables else 'plan'} only; the plan is of another model")
+            raise UserError(
+                f"table {name} is in the {'model' if name in tables else 'plan'} only; the plan is of another model"
+            )
         asked, own = plan.tables[name], tables[name]
         if (asked.rows, asked.original_dim) != (own.rows, own.dim):
             raise UserError(

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from sseds_rec.data.loader import Batch
 from torch import nn
 from torchmetrics.functional.classification import binary_auroc
 
+from sseds_rec.data.loader import Batch
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.errors import UserError
 
@@ -50,7 +50,9 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> Me
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the model predicts NaN or infinity; lower train.learning_rate and train again")
     if labels.min() == labels.max():
-        raise UserError(f"all {len(labels)} labels of the split are {int(labels[0])}: AUC is undefined; split the data again")
+        raise UserError(
+            f"all {len(labels)} labels of the split are {int(labels[0])}: AUC is undefined; split the data again"
+        )
     auc = binary_auroc(logits.sigmoid(), labels.long(), thresholds=None, validate_args=False)
     logloss = F.binary_cross_entropy_with_logits(logits, labels.double())
     return Metrics(float(auc), float(logloss), len(labels))

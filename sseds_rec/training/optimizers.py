@@ -48,11 +48,15 @@ def placement_for(optimizer: TableOptimizer, placement: Placement, device: torch
             )
         return "data_parallel"
     if placement == "data_parallel" and optimizer not in _DENSE:
-        raise UserError(f"sharding.type=data_parallel with train.table_optimizer={optimizer}: it exists fused only; use {', '.join(_DENSE)}")
+        raise UserError(
+            f"sharding.type=data_parallel with train.table_optimizer={optimizer}: it exists fused only; use {', '.join(_DENSE)}"
+        )
     return placement
 
 
-def fuse_table_optimizer(model: nn.Module, optimizer: TableOptimizer, learning_rate: float, placement: Placement) -> None:
+def fuse_table_optimizer(
+    model: nn.Module, optimizer: TableOptimizer, learning_rate: float, placement: Placement
+) -> None:
     """Before sharding: has the tables updated inside their backward, unless they are data-parallel."""
     if placement == "data_parallel":
         return

@@ -37,11 +37,22 @@ class StepReporter:
     @contextmanager
     def epoch(self, epoch: int, epochs: int, first: int, steps: int) -> Iterator[None]:
         """Shows an epoch of `steps` steps, of which `first` are done already."""
-        self._title, self._steps, self._begun, self._first = f"{self.stage} epoch {epoch + 1}/{epochs}", steps, time.monotonic(), first
+        self._title, self._steps, self._begun, self._first = (
+            f"{self.stage} epoch {epoch + 1}/{epochs}",
+            steps,
+            time.monotonic(),
+            first,
+        )
         if not (self.enabled and sys.stderr.isatty()):
             yield
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as self._bar:
             self._task = self._bar.add_task(self._title, total=steps, completed=first, info="")
             yield

@@ -70,7 +70,13 @@ class Trainer:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: KeyedOptimizer, loaders: Loaders, config: TrainConfig, folder: Path, runtime: Runtime
+        self,
+        model: nn.Module,
+        optimizer: KeyedOptimizer,
+        loaders: Loaders,
+        config: TrainConfig,
+        folder: Path,
+        runtime: Runtime,
     ) -> None:
         self.model, self.optimizer, self.loaders, self.config, self.runtime = model, optimizer, loaders, config, runtime
         self.checkpoints = CheckpointStore(folder / "checkpoints", runtime)
@@ -116,7 +122,11 @@ class Trainer:
                 done += 1
                 progress.step += 1
                 progress.samples += self.config.batch_size
-                checkpoint = self.config.checkpoint_steps and progress.step % self.config.checkpoint_steps == 0 and done < len(loader)
+                checkpoint = (
+                    self.config.checkpoint_steps
+                    and progress.step % self.config.checkpoint_steps == 0
+                    and done < len(loader)
+                )
                 if len(losses) == _CHECK_STEPS or done == len(loader) or checkpoint:
                     mark = self._look_at(losses, done, len(loader), mark)
                     losses.clear()
@@ -140,7 +150,12 @@ class Trainer:
             )
         rate = len(losses) * self.config.batch_size / seconds
         self.reporter.step(done, float(values.mean()), rate)
-        event = {"kind": "train", "step": self.progress.step, "epoch": self.progress.epoch + done / steps, "loss": float(values.mean())}
+        event = {
+            "kind": "train",
+            "step": self.progress.step,
+            "epoch": self.progress.epoch + done / steps,
+            "loss": float(values.mean()),
+        }
         self.history.add({**event, "samples_per_second": rate, "seconds": self.progress.seconds})
         return time.monotonic()
 

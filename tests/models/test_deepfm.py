@@ -23,7 +23,8 @@ def _plain(model: DeepFM, dense: Tensor, fields: dict[str, Tensor]) -> Tensor:
     x = torch.cat([dense, *fields.values()], dim=1)
     linear = (x * weights["first_order.weight"]).sum(dim=1) + weights["first_order.bias"]
     aligned = [
-        e if model.fields.alignment is None else e @ model.fields.alignment.transforms[name].T for name, e in fields.items()
+        e if model.fields.alignment is None else e @ model.fields.alignment.transforms[name].T
+        for name, e in fields.items()
     ]
     pairs = sum((a * b).sum(dim=1) for a, b in itertools.combinations(aligned, 2))
     hidden = F.relu(x @ weights["deep.0.weight"].T + weights["deep.0.bias"])
@@ -35,7 +36,9 @@ def _plain(model: DeepFM, dense: Tensor, fields: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("dims", "aligned_dim"), [({"a": 8, "b": 8, "c": 8}, None), ({"a": 4, "b": 12, "c": 4}, 12), ({"a": 3, "b": 5}, 16)]
 )
-def test_logits_and_gradients_equal_plain_pytorch(dims: dict[str, int], aligned_dim: int | None, num_dense: int) -> None:
+def test_logits_and_gradients_equal_plain_pytorch(
+    dims: dict[str, int], aligned_dim: int | None, num_dense: int
+) -> None:
     torch.manual_seed(0)
     model = DeepFM(FieldEmbeddings(dims, aligned_dim), num_dense, ModelConfig(hidden=[10, 6]))
     dense = torch.randn(B, num_dense)
@@ -48,7 +51,10 @@ def test_logits_and_gradients_equal_plain_pytorch(dims: dict[str, int], aligned_
     inputs = [*fields.values(), *model.parameters()]
     weights = torch.randn(B)
     torch.testing.assert_close(
-        torch.autograd.grad((ours * weights).sum(), inputs), torch.autograd.grad((plain * weights).sum(), inputs), rtol=1e-5, atol=1e-5
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((plain * weights).sum(), inputs),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 

@@ -43,7 +43,12 @@ def make_rows(count: int, seed: int) -> tuple[list[list[list[int]]], Tensor]:
     ids = []
     for _ in range(count):
         lengths = torch.randint(0, 4, (len(FEATURES),), generator=generator).tolist()
-        ids.append([torch.randint(0, rows_of[f], (n,), generator=generator).tolist() for f, n in zip(FEATURES, lengths, strict=True)])
+        ids.append(
+            [
+                torch.randint(0, rows_of[f], (n,), generator=generator).tolist()
+                for f, n in zip(FEATURES, lengths, strict=True)
+            ]
+        )
     return ids, (torch.rand(count, generator=generator) > 0.6).float()
 
 
@@ -56,7 +61,9 @@ def make_batch(rows: tuple[list[list[list[int]]], Tensor], first: int, last: int
     return KeyedJaggedTensor(keys=FEATURES, values=values, lengths=lengths), labels[first:last]
 
 
-def explicit_alpha(weights: dict[str, Tensor], rows: tuple[list[list[list[int]]], Tensor]) -> dict[str, dict[str, Tensor]]:
+def explicit_alpha(
+    weights: dict[str, Tensor], rows: tuple[list[list[list[int]]], Tensor]
+) -> dict[str, dict[str, Tensor]]:
     """Per criterion, unnormalised scores by autograd in an α that multiplies the table's columns, in float64.
 
     Args:
@@ -64,7 +71,9 @@ def explicit_alpha(weights: dict[str, Tensor], rows: tuple[list[list[list[int]]]
         rows: all rows, of all ranks and batches.
     """
     tables = {name: weights[f"ebc.embedding_bags.{name}.weight"].double() for name in TABLES}
-    alpha = {name: torch.ones(table.shape[1], dtype=torch.float64, requires_grad=True) for name, table in tables.items()}
+    alpha = {
+        name: torch.ones(table.shape[1], dtype=torch.float64, requires_grad=True) for name, table in tables.items()
+    }
     dense = {name: weight.double() for name, weight in weights.items() if name.startswith("over.")}
 
     def logit(row: list[list[int]]) -> Tensor:

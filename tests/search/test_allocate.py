@@ -18,7 +18,9 @@ from sseds_rec.search.scores import DimensionScores, Table
 
 def _scores(values: dict[str, list[float]], rows: dict[str, int]) -> DimensionScores:
     tables = {name: Table(rows[name], len(own), (f"feature_{name}",)) for name, own in values.items()}
-    return DimensionScores({name: torch.tensor(own, dtype=torch.float64) for name, own in values.items()}, tables, {"criterion": "snip"})
+    return DimensionScores(
+        {name: torch.tensor(own, dtype=torch.float64) for name, own in values.items()}, tables, {"criterion": "snip"}
+    )
 
 
 @st.composite
@@ -43,15 +45,23 @@ def _total(plan: sr.DimensionPlan) -> int:
 
 
 @settings(max_examples=300, deadline=None)
-@given(problems(), st.decimals("0.01", "1", places=2), st.sampled_from(["fill", "stop"]), st.sampled_from([0.0, 0.5, 1.0]))
+@given(
+    problems(), st.decimals("0.01", "1", places=2), st.sampled_from(["fill", "stop"]), st.sampled_from([0.0, 0.5, 1.0])
+)
 def test_budget_is_never_exceeded_and_best_columns_of_a_table_stay(problem, share, order, exponent) -> None:  # type: ignore[no-untyped-def]
     scores, multiple = problem
     try:
-        plan = sr.allocate(scores, sr.Budget(parameters=float(share)), multiple=multiple, exponent=exponent, order=order)
+        plan = sr.allocate(
+            scores, sr.Budget(parameters=float(share)), multiple=multiple, exponent=exponent, order=order
+        )
     except sr.UserError:
         return
     assert _used(plan) * 100 <= int(share * 100) * _total(plan)  # in whole numbers
-    assert plan.reached["parameters"] == {"kept": _used(plan), "of": _total(plan), "fraction": _used(plan) / _total(plan)}
+    assert plan.reached["parameters"] == {
+        "kept": _used(plan),
+        "of": _total(plan),
+        "fraction": _used(plan) / _total(plan),
+    }
     assert plan.reached["parameters"]["fraction"] <= float(share)
     for name, table in plan.tables.items():
         assert len(table.kept) % multiple == 0
@@ -73,7 +83,11 @@ def test_greedy_orders_follow_their_definition(problem, order, exponent, count) 
             members = columns[rank : rank + multiple]
             mean = sum(float(scores[name][c]) for c in members) / multiple
             groups.append((-mean / scores.tables[name].rows ** exponent, index, rank, name, members))
-    limit, used, expected = count if count > 1 else sum(t.rows * t.dim for t in scores.tables.values()), 0, {name: [] for name in scores}
+    limit, used, expected = (
+        count if count > 1 else sum(t.rows * t.dim for t in scores.tables.values()),
+        0,
+        {name: [] for name in scores},
+    )
     for _, _, _, name, members in sorted(groups, key=lambda g: (round(g[0], 12), g[1], g[2])):
         cost = len(members) * scores.tables[name].rows
         if used + cost <= limit:
@@ -87,7 +101,9 @@ def test_greedy_orders_follow_their_definition(problem, order, exponent, count) 
             sr.allocate(scores, budget, multiple=multiple, exponent=exponent, order=order)
         return
     plan = sr.allocate(scores, budget, multiple=multiple, exponent=exponent, order=order)
-    assert {name: t.kept for name, t in plan.tables.items()} == {name: sorted(columns) for name, columns in expected.items()}
+    assert {name: t.kept for name, t in plan.tables.items()} == {
+        name: sorted(columns) for name, columns in expected.items()
+    }
 
 
 def test_paper_order_equals_a_threshold_on_the_scores() -> None:
@@ -97,13 +113,21 @@ def test_paper_order_equals_a_threshold_on_the_scores() -> None:
     scores = _scores({name: torch.rand(8).tolist() for name in rows}, rows)
     plan = sr.allocate(scores, sr.Budget(parameters=0.3), multiple=1, exponent=0.0, order="stop")
     every = sorted((float(s) for values in scores.values() for s in values), reverse=True)
-    fitting = [t for t in every if sum(rows[n] * int((v >= t).sum()) for n, v in scores.items()) <= 0.3 * 8 * sum(rows.values())]
+    fitting = [
+        t
+        for t in every
+        if sum(rows[n] * int((v >= t).sum()) for n, v in scores.items()) <= 0.3 * 8 * sum(rows.values())
+    ]
     threshold = min(fitting)
-    assert {n: t.kept for n, t in plan.tables.items()} == {n: torch.nonzero(v >= threshold).flatten().tolist() for n, v in scores.items()}
+    assert {n: t.kept for n, t in plan.tables.items()} == {
+        n: torch.nonzero(v >= threshold).flatten().tolist() for n, v in scores.items()
+    }
 
 
 def test_ranking_by_rows_keeps_fields_that_the_paper_order_drops() -> None:
-    scores = _scores({"big": [9.0, 8.0, 7.0, 6.0] * 2, "small": [1.0] * 8, "tiny": [0.5] * 8}, {"big": 100, "small": 10, "tiny": 2})
+    scores = _scores(
+        {"big": [9.0, 8.0, 7.0, 6.0] * 2, "small": [1.0] * 8, "tiny": [0.5] * 8}, {"big": 100, "small": 10, "tiny": 2}
+    )
     budget = sr.Budget(parameters=0.6)
     assert sr.allocate(scores, budget, exponent=0.0, order="stop").dims() == {"big": 4, "small": 0, "tiny": 0}
     assert sr.allocate(scores, budget, exponent=0.5, order="fill").dims() == {"big": 4, "small": 8, "tiny": 8}

@@ -54,12 +54,16 @@ def test_plain_model_equals_explicit_alpha(criterion: str) -> None:
     _assert_scores(sr.score_dimensions(model, [make_batch(rows, *cut) for cut in CUTS[1][0]], criterion), criterion)
 
 
-def _sharded(sharding_type: str, world_size: int, optimizer: type[torch.optim.Optimizer] | None) -> DistributedModelParallel:
+def _sharded(
+    sharding_type: str, world_size: int, optimizer: type[torch.optim.Optimizer] | None
+) -> DistributedModelParallel:
     model = ClickModel(device="meta")
     if optimizer:
         apply_optimizer_in_backward(optimizer, model.ebc.parameters(), {"lr": 0.1})
     constraints = {name: ParameterConstraints(sharding_types=[sharding_type], min_partition=4) for name in TABLES}
-    planner = EmbeddingShardingPlanner(topology=Topology(world_size=world_size, compute_device="cpu"), constraints=constraints)
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=world_size, compute_device="cpu"), constraints=constraints
+    )
     sharders = [BagSharder()]
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
     sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
@@ -179,7 +183,14 @@ def test_what_cannot_be_scored_is_refused_by_name() -> None:
     with pytest.raises(sr.UserError, match="holds no EmbeddingBagCollection"):
         sr.score_dimensions(nn.Linear(2, 1), [batch])
     with pytest.raises(sr.UserError, match="no logits: the loss calls none of binary_cross_entropy_with_logits"):
-        sr.score_dimensions(model, [batch], "ggn", loss_fn=lambda m, b: F.softplus(m.over(torch.cat([m.ebc(b[0])[f] for f in ("f0", "f1", "f2", "f3")], 1))).mean())
+        sr.score_dimensions(
+            model,
+            [batch],
+            "ggn",
+            loss_fn=lambda m, b: F.softplus(
+                m.over(torch.cat([m.ebc(b[0])[f] for f in ("f0", "f1", "f2", "f3")], 1))
+            ).mean(),
+        )
     with pytest.raises(sr.UserError, match="must return its mean loss"):
         sr.score_dimensions(model, [batch], loss_fn=lambda m, b: m.ebc(b[0]).values())
     with torch.no_grad():

@@ -47,7 +47,11 @@ def test_alignment_is_a_product_per_field() -> None:
     alignment = Alignment(dims, 16, tables)
     embeddings = torch.randn(5, sum(dims.values()), requires_grad=True)
     expected = torch.stack(
-        [part @ alignment.transforms[tables[name]].T for name, part in zip(dims, embeddings.split(list(dims.values()), dim=1), strict=True)], dim=1
+        [
+            part @ alignment.transforms[tables[name]].T
+            for name, part in zip(dims, embeddings.split(list(dims.values()), dim=1), strict=True)
+        ],
+        dim=1,
     )
     aligned = alignment(embeddings)
     torch.testing.assert_close(aligned, expected)
@@ -55,7 +59,11 @@ def test_alignment_is_a_product_per_field() -> None:
     inputs = [embeddings, *alignment.parameters()]
     ours = torch.autograd.grad((aligned * weights).sum(), inputs)
     torch.testing.assert_close(ours, torch.autograd.grad((expected * weights).sum(), inputs))
-    assert {name: tuple(m.shape) for name, m in alignment.transforms.items()} == {"shared": (16, 4), "b": (16, 8), "d": (16, 12)}
+    assert {name: tuple(m.shape) for name, m in alignment.transforms.items()} == {
+        "shared": (16, 4),
+        "b": (16, 8),
+        "d": (16, 12),
+    }
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
@@ -70,7 +78,10 @@ def test_slim_with_select_equals_the_masked_model(multiple: int) -> None:
     stored = {name: p.shape[1] for name, p in slim.ebc.embedding_bag_collection.embedding_bags.named_parameters()}
     assert stored == {f"{name}.weight": t.stored_dim for name, t in plan.tables.items() if t.kept}
     original = model.ebc(batch[0])
-    assert slim.ebc(batch[0]).keys() == original.keys() and slim.ebc(batch[0]).length_per_key() == original.length_per_key()
+    assert (
+        slim.ebc(batch[0]).keys() == original.keys()
+        and slim.ebc(batch[0]).length_per_key() == original.length_per_key()
+    )
 
 
 def test_slim_trains_and_leaves_the_original_alone() -> None:
@@ -96,7 +107,9 @@ def test_torchrecs_own_dlrm_runs_unchanged_on_slim_tables() -> None:
     from torchrec.datasets.utils import Batch
 
     torch.manual_seed(0)
-    tables = [EmbeddingBagConfig(name=f"t_{f}", num_embeddings=30, embedding_dim=8, feature_names=[f]) for f in FEATURES]
+    tables = [
+        EmbeddingBagConfig(name=f"t_{f}", num_embeddings=30, embedding_dim=8, feature_names=[f]) for f in FEATURES
+    ]
     dlrm = DLRMTrain(DLRM(EmbeddingBagCollection(tables=tables), 3, [16, 8], [16, 1]))
     features, labels = make_batch(make_rows(60, seed=2), 0, 60)
     features.values().remainder_(30)
@@ -119,7 +132,9 @@ def test_plans_of_other_models_are_refused() -> None:
     fewer = plan.model_copy(update={"tables": {n: t for n, t in plan.tables.items() if n != "t1"}})
     with pytest.raises(sr.UserError, match="table t1 is in the model only"):
         sr.slim(model, fewer)
-    other = plan.model_copy(update={"tables": {n: t.model_copy(update={"rows": t.rows + 1}) for n, t in plan.tables.items()}})
+    other = plan.model_copy(
+        update={"tables": {n: t.model_copy(update={"rows": t.rows + 1}) for n, t in plan.tables.items()}}
+    )
     with pytest.raises(sr.UserError, match="table t0 has 50 rows x 8 columns, the plan says 51 x 8"):
         sr.slim(model, other)
 
@@ -128,7 +143,9 @@ def _save_sharded(rank: int, world_size: int, sharding_type: str, weights: dict[
     model = ClickModel(device="meta")
     apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, model.ebc.parameters(), {"lr": 0.1})
     constraints = {name: ParameterConstraints(sharding_types=[sharding_type], min_partition=4) for name in TABLES}
-    planner = EmbeddingShardingPlanner(topology=Topology(world_size=world_size, compute_device="cpu"), constraints=constraints)
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=world_size, compute_device="cpu"), constraints=constraints
+    )
     plan = planner.collective_plan(model, [BagSharder()], dist.GroupMember.WORLD)
     sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=[BagSharder()])
     for name, value in sharded.state_dict().items():
@@ -178,7 +195,12 @@ def test_adam_moments_lose_the_same_columns_and_other_state_is_copied(tmp_path: 
     moments = {name: torch.rand_like(model.ebc.embedding_bags[name].weight) for name in TABLES}
     state = {
         "model": model.state_dict(),
-        "optimizer": {"state": {f"ebc.embedding_bags.{n}.weight": {"exp_avg": m, "sum": torch.rand(m.shape[0])} for n, m in moments.items()}},
+        "optimizer": {
+            "state": {
+                f"ebc.embedding_bags.{n}.weight": {"exp_avg": m, "sum": torch.rand(m.shape[0])}
+                for n, m in moments.items()
+            }
+        },
         "epoch": 3,
     }
     dcp.save(state, checkpoint_id=tmp_path / "full")
@@ -188,10 +210,15 @@ def test_adam_moments_lose_the_same_columns_and_other_state_is_copied(tmp_path: 
         stored = dcp.FileSystemReader(tmp_path / "slim").read_metadata().state_dict_metadata
         assert (f"{prefix}.exp_avg" in stored) == bool(table.kept) == (f"{prefix}.sum" in stored)
         if table.kept:
-            entry = {f"{prefix}.exp_avg": torch.empty(table.rows, table.stored_dim), f"{prefix}.sum": torch.empty(table.rows)}
+            entry = {
+                f"{prefix}.exp_avg": torch.empty(table.rows, table.stored_dim),
+                f"{prefix}.sum": torch.empty(table.rows),
+            }
             dcp.load(entry, checkpoint_id=tmp_path / "slim")
             assert torch.equal(entry[f"{prefix}.exp_avg"], moments[name][:, table.kept])
-            assert torch.equal(entry[f"{prefix}.sum"], state["optimizer"]["state"][f"ebc.embedding_bags.{name}.weight"]["sum"])
+            assert torch.equal(
+                entry[f"{prefix}.sum"], state["optimizer"]["state"][f"ebc.embedding_bags.{name}.weight"]["sum"]
+            )
     epoch = {"epoch": 0}
     dcp.load(epoch, checkpoint_id=tmp_path / "slim")
     assert epoch["epoch"] == 3

@@ -1,0 +1,250 @@
+"""The stages end to end: artefacts, budget counted from tensors, stages alone, resuming, several ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed.checkpoint as dcp
+import yaml
+
+import sseds_rec as sr
+from sseds_rec.config import load_config
+from tests.command import Command
+
+Sseds = Callable[..., Command]
+
+
+def _json(*path: Path | str) -> Any:
+    return json.loads(Path(*path).read_text())
+
+
+def _results(run: Path) -> dict[str, Any]:
+    """Everything in metrics.json that must not depend on the clock."""
+    clocks = ("seconds", "samples_per_second")
+    return {
+        stage: {k: v for k, v in metrics.items() if k not in clocks}
+        for stage, metrics in _json(run, "metrics.json").items()
+    }
+
+
+def _table_parameters(checkpoint: Path) -> int:
+    """Numbers in the tables of a checkpoint, counted from the stored tensors."""
+    entries = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return sum(e.size.numel() for name, e in entries.items() if name.startswith("model.embeddings.embedding_bags."))
+
+
+def test_run_directory_holds_what_the_contract_names(finished_run: Path) -> None:
+    for name in ["config.yaml", "environment.json", "metrics.json", "pretrain/checkpoint", "pretrain/history.jsonl", "search/saliency.npz", "search/plan.json", "slim/checkpoint", "slim/tables.json", "slim/sharding_plan.txt", "retrain/checkpoint", "retrain/history.jsonl", "report/index.html"]:
+        assert (finished_run / name).exists(), name
+    metrics = _json(finished_run, "metrics.json")
+    keys = {"auc", "logloss", "embedding_parameters", "parameters", "seconds", "samples_per_second"}
+    assert keys <= set(metrics["pretrain"]) and keys <= set(metrics["retrain"])
+    assert {"seconds", "batches", "budget", "reached"} <= set(metrics["search"])
+    assert not list(finished_run.rglob("*.tmp")) and not list(finished_run.rglob("checkpoints"))
+
+
+def test_what_the_command_printed(finished_run: Path) -> None:
+    out = (finished_run / "stdout.txt").read_text()
+    for stage in ("pretrain", "search", "slim", "retrain", "report"):
+        assert f"{stage}: wrote {finished_run / stage}" in out
+    line = json.loads(out.strip().splitlines()[-1])
+    assert line["metrics"] == _json(finished_run, "metrics.json") and line["run_dir"] == str(finished_run)
+    err = (finished_run / "stderr.txt").read_text()
+    assert "pretrain: epoch 3/3  validation AUC" in err
+    assert "Warning" not in err and "WARNING" not in err
+
+
+def test_budget_is_reached_in_the_tensors(finished_run: Path) -> None:
+    full, slim = (
+        _table_parameters(finished_run / "pretrain/checkpoint"),
+        _table_parameters(finished_run / "slim/checkpoint"),
+    )
+    metrics = _json(finished_run, "metrics.json")
+    assert slim <= 0.25 * full
+    assert slim == _table_parameters(finished_run / "retrain/checkpoint")
+    assert (metrics["pretrain"]["embedding_parameters"], metrics["retrain"]["embedding_parameters"]) == (full, slim)
+    plan = sr.DimensionPlan.load(finished_run / "search/plan.json")
+    assert plan.reached["parameters"] == {"kept": slim, "of": full, "fraction": slim / full}
+    assert {c.name: [c.num_embeddings, c.embedding_dim] for c in plan.embedding_bag_configs()} == {
+        t["name"]: [t["num_embeddings"], t["embedding_dim"]] for t in _json(finished_run, "slim/tables.json")
+    }
+
+
+def test_the_model_learns_and_the_slim_one_keeps_it(finished_run: Path) -> None:
+    metrics = _json(finished_run, "metrics.json")
+    assert metrics["pretrain"]["auc"] > 0.7
+    assert metrics["retrain"]["auc"] > metrics["pretrain"]["auc"] - 0.02
+
+
+def test_finished_run_does_nothing_and_says_so(finished_run: Path, config: Path, sseds: Sseds) -> None:
+    def state() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in sorted(finished_run.rglob("*"))}
+
+    before = state()
+    again = sseds("run", config, "--run-dir", finished_run, "--json")
+    assert again.code == 0 and "already done, nothing to do" in again.out
+    assert again.json["done"] == [] and state() == before
+
+
+def test_stages_alone_give_what_the_run_gave(finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path) -> None:
+    for verb in ("train", "search", "slim", "retrain"):
+        done = sseds(verb, config, "--run-dir", tmp_path / "alone")
+        assert done.code == 0, done.err
+    assert _results(tmp_path / "alone") == _results(finished_run)
+    assert sseds("report", config, "--run-dir", tmp_path / "alone").code == 0
+    assert (tmp_path / "alone/report/index.html").exists()
+
+
+def test_stages_run_again_give_the_same(finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path) -> None:
+    run = tmp_path / "again"
+    shutil.copytree(finished_run, run)
+    for verb in ("search", "slim", "retrain"):
+        assert sseds(verb, config, "--run-dir", run, "--rerun").code == 0
+    assert _results(run) == _results(finished_run)
+    with np.load(run / "search/saliency.npz") as ours, np.load(finished_run / "search/saliency.npz") as first:
+        assert set(ours) == set(first) and all(np.array_equal(ours[name], first[name]) for name in ours)
+
+
+def test_evaluate_gives_the_metrics_of_the_run(finished_run: Path, config: Path, sseds: Sseds) -> None:
+    for stage in ("pretrain", "retrain"):
+        done = sseds("evaluate", config, "--run-dir", finished_run, "--stage", stage, "--json")
+        assert done.json["auc"] == _results(finished_run)[stage]["auc"]
+
+
+def test_changed_config_is_refused_until_asked_for(
+    finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path
+) -> None:
+    run = tmp_path / "changed"
+    shutil.copytree(finished_run, run)
+    refused = sseds("run", config, "search.budget.parameters=0.5", "--run-dir", run)
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "search.budget.parameters=0.25, now it is 0.5" in refused.err and "--rerun-from search" in refused.err
+    assert _results(run) == _results(finished_run)
+    done = sseds("run", config, "search.budget.parameters=0.5", "--run-dir", run, "--rerun-from", "search", "--json")
+    assert done.code == 0 and done.json["done"] == ["search", "slim", "retrain", "report"]
+    assert _results(run)["pretrain"] == _results(finished_run)["pretrain"]
+    assert 0.25 < _results(run)["search"]["reached"]["parameters"]["fraction"] <= 0.5
+    assert yaml.safe_load((run / "config.yaml").read_text())["search"]["budget"]["parameters"] == 0.5
+    assert load_config(run / "config.yaml") == load_config(config, ["search.budget.parameters=0.5"])
+
+
+def test_paper_mode_and_select_or_random_transforms(
+    finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path
+) -> None:
+    run = tmp_path / "paper"
+    shutil.copytree(finished_run, run)
+    done = sseds("run", config, "--paper", "retrain.transform=random", "--run-dir", run, "--rerun-from", "search")
+    assert done.code == 0, done.err
+    plan = _json(run, "search/plan.json")
+    expected = {
+        "criterion": "snip",
+        "batches": 1,
+        "split": "train",
+        "exponent": 0.0,
+        "order": "stop",
+        "min_dim": 0,
+        "samples": 256,
+    }
+    assert expected.items() <= plan["search"].items()
+    widest = max(t["embedding_dim"] for t in plan["tables"].values())
+    stored = dcp.FileSystemReader(run / "retrain/checkpoint").read_metadata().state_dict_metadata
+    transforms = {
+        name.rpartition(".")[2]: tuple(e.size)
+        for name, e in stored.items()
+        if ".transforms." in name and name.startswith("model")
+    }
+    assert transforms == {name: (widest, t["embedding_dim"]) for name, t in plan["tables"].items() if t["kept"]}
+
+
+@pytest.mark.parametrize(
+    "appears",
+    [
+        "pretrain/checkpoints/step-00000010",
+        "pretrain/checkpoints/step-00000040",
+        "search",
+        "slim/.checkpoint.tmp",
+        "retrain/checkpoints/step-00000030",
+        "report",
+    ],
+)
+def test_killed_run_goes_on_to_the_same_result(
+    finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path, appears: str
+) -> None:
+    run = tmp_path / "killed"
+    args = ["run", config, "train.checkpoint_steps=10", "--run-dir", run]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sseds_rec", *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (run / appears).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    resumed = sseds(*args)
+    assert resumed.code == 0, resumed.err
+    assert _results(run) == _results(finished_run)
+    history = [json.loads(line) for line in (run / "pretrain/history.jsonl").read_text().splitlines()]
+    evaluated = [event["step"] for event in history if event["kind"] == "eval"]
+    assert evaluated == sorted(set(evaluated)) and len(evaluated) == 3
+
+
+def _torchrun(ranks: int, *args: object) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "sseds_rec",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("table_optimizer", ["adam", "rowwise_adagrad"])
+def test_two_ranks_give_the_same_metrics_within_noise(
+    finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path, table_optimizer: str
+) -> None:
+    own = (
+        [f"train.table_optimizer={table_optimizer}", "train.table_learning_rate=0.05"]
+        if table_optimizer != "adam"
+        else []
+    )
+    one = finished_run
+    if own:
+        one = tmp_path / "one"
+        assert sseds("run", config, *own, "--run-dir", one).code == 0
+    _torchrun(2, "run", config, *own, "--run-dir", tmp_path / "two")
+    ours, expected = _results(tmp_path / "two"), _results(one)
+    for stage in ("pretrain", "slim", "retrain"):
+        assert ours[stage]["auc"] == pytest.approx(expected[stage]["auc"], abs=0.02)
+    assert ours["pretrain"]["embedding_parameters"] == expected["pretrain"]["embedding_parameters"]
+    assert _table_parameters(tmp_path / "two/slim/checkpoint") <= 0.25 * _table_parameters(
+        tmp_path / "two/pretrain/checkpoint"
+    )
+    placed = (tmp_path / "two/pretrain/sharding_plan.txt").read_text()
+    assert ("data_parallel" if table_optimizer == "adam" else "table_wise") in placed
+
+
+def test_two_ranks_score_a_checkpoint_of_one_as_one_does(finished_run: Path, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "scored"
+    shutil.copytree(finished_run, run)
+    _torchrun(2, "search", config, "--run-dir", run, "--rerun")
+    with np.load(run / "search/saliency.npz") as ours, np.load(finished_run / "search/saliency.npz") as one:
+        for name in one:
+            np.testing.assert_allclose(ours[name], one[name], rtol=1e-5, atol=1e-9)
+    assert _json(run, "search/plan.json")["tables"].keys() == _json(finished_run, "search/plan.json")["tables"].keys()
