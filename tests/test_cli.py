@@ -122,17 +122,18 @@ def test_damaged_data_is_refused_before_training(prepared: Path, config: Path, s
 
 def test_prepare_table_by_command_line(click_log: Path, sseds: Sseds, tmp_path: Path) -> None:
     output = tmp_path / "set"
-    done = sseds(
-        "prepare", "table", "--input", click_log, "--output", output, "--label", "click", "--categorical", "user, ad,hour",
-        "--numeric", "price", "--split", "0.6,0.2,0.2", "--min-count", "5", "--json",
-    )  # fmt: skip
+    columns = ["--label", "click", "--categorical", "user, ad,hour", "--numeric", "price"]
+    how = ["--split", "0.6,0.2,0.2", "--min-count", "5", "--json"]
+    done = sseds("prepare", "table", "--input", click_log, "--output", output, *columns, *how)
     assert done.code == 0, done.err
     assert done.json["rows"] == {"train": 4800, "validation": 1600, "test": 1600} and str(output) in done.out
     schema = json.loads((output / "schema.json").read_text())
     assert [(f["name"], f["kind"], f["transform"]) for f in schema["fields"]] == [
-        ("user", "categorical", "vocabulary"), ("ad", "categorical", "vocabulary"), ("hour", "categorical", "vocabulary"),
+        ("user", "categorical", "vocabulary"),
+        ("ad", "categorical", "vocabulary"),
+        ("hour", "categorical", "vocabulary"),
         ("price", "numeric", "log2_bucket"),
-    ]  # fmt: skip
+    ]
 
 
 def test_prepare_refuses_bad_tables(click_log: Path, sseds: Sseds, tmp_path: Path) -> None:

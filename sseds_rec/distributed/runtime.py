@@ -91,7 +91,8 @@ def runtime(device: str = "auto") -> Iterator[Runtime]:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start fewer processes per node"
+                f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+                "start fewer processes per node"
             )
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)

@@ -57,7 +57,7 @@ def shard(model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size
     Raises:
         UserError: the tables do not fit this topology under the constraints.
     """
-    sharders: list[ModuleSharder[nn.Module]] = [BagSharder()]  # type: ignore[list-item]
+    sharders: list[ModuleSharder[nn.Module]] = [BagSharder()]
     plan = plan_sharding(model, config, topology(runtime), batch_size, sharders)
     return DistributedModelParallel(model, device=runtime.device, plan=plan, sharders=sharders)
 

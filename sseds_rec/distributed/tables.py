@@ -39,7 +39,8 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
             found[plain] = module
         elif isinstance(module, (EmbeddingCollection, ShardedEmbeddingCollection)):
             raise UserError(
-                f"{plain or type(module).__name__}: {type(module).__name__} (sequence embeddings) cannot be searched; only EmbeddingBagCollection can"
+                f"{plain or type(module).__name__}: {type(module).__name__} (sequence embeddings) cannot be searched; "
+                "only EmbeddingBagCollection can"
             )
     if not found:
         raise UserError(f"{type(model).__name__} holds no EmbeddingBagCollection: there is nothing to search")

@@ -13,7 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from sseds_rec.data.loader import Batch
 from sseds_rec.data.schema import Field, Schema
 from sseds_rec.models.fields import FieldEmbeddings
-from sseds_rec.models.registry import MODELS, ModelConfig
+from sseds_rec.models.registry import MODELS, ModelConfig, OverArch
 from sseds_rec.search.plan import DimensionPlan
 
 #: Small, so that the first logits are: TorchRec's own start is ±√(1/n), large in tables of few rows.
@@ -29,7 +29,7 @@ class CtrModel(nn.Module):
         embedding_l2: λ of the penalty λ/2 · mean_b Σ_i ||e_bi||², added to the loss in training only.
     """
 
-    def __init__(self, tables: list[EmbeddingBagConfig], over: nn.Module, embedding_l2: float = 0.0) -> None:
+    def __init__(self, tables: list[EmbeddingBagConfig], over: OverArch, embedding_l2: float = 0.0) -> None:
         super().__init__()
         self.embeddings = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
         self.over = over

@@ -8,11 +8,11 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from sseds_rec.models.fields import FieldEmbeddings
 from sseds_rec.models.layers import fm_interaction, mlp
-from sseds_rec.models.registry import ModelConfig, register
+from sseds_rec.models.registry import ModelConfig, OverArch, register
 
 
 @register("deepfm")
-class DeepFM(nn.Module):
+class DeepFM(OverArch):
     """z = first order + FM over aligned embeddings + MLP over the raw concatenation.
 
     The first-order weight of id x in field i is <u_i, e_ix>, a linear read-out of its embedding (the field-wise linear
@@ -25,7 +25,6 @@ class DeepFM(nn.Module):
         config: hidden widths, dropout, batch norm.
     """
 
-    #: Parameters whose last axis runs over [dense inputs, raw concatenation]: slimming keeps the kept columns' weights.
     over_raw = ("first_order.weight", "deep.0.weight")
 
     def __init__(self, fields: FieldEmbeddings, num_dense: int, config: ModelConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
@@ -13,7 +13,19 @@ from sseds_rec.distributed.tables import KERNEL_MULTIPLE
 if TYPE_CHECKING:
     from sseds_rec.models.fields import FieldEmbeddings
 
-MODELS: dict[str, Callable[[FieldEmbeddings, int, ModelConfig], nn.Module]] = {}
+
+class OverArch(nn.Module):
+    """What lies over the embeddings: `forward(dense [B, N], embeddings: KeyedTensor) -> logits [B]`.
+
+    Attributes:
+        over_raw: parameters whose last axis runs over [dense inputs, raw concatenation of the fields]: of these, slimming
+            keeps the weights of the kept columns.
+    """
+
+    over_raw: ClassVar[tuple[str, ...]] = ()
+
+
+MODELS: dict[str, Callable[[FieldEmbeddings, int, ModelConfig], OverArch]] = {}
 
 
 class ModelConfig(BaseModel):
@@ -50,10 +62,10 @@ class ModelConfig(BaseModel):
         return value
 
 
-def register(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def register(name: str) -> Callable[[type[OverArch]], type[OverArch]]:
     """Class decorator: makes a model known to configs as `name`."""
 
-    def add(model: type[nn.Module]) -> type[nn.Module]:
+    def add(model: type[OverArch]) -> type[OverArch]:
         MODELS[name] = model
         return model
 

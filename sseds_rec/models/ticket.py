@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from sseds_rec.errors import UserError
 from sseds_rec.models.ctr import CtrModel
 from sseds_rec.search.plan import DimensionPlan
-from sseds_rec.slim.checkpoint import read_checkpoint_metadata
+from sseds_rec.slim.checkpoint import stored_shapes
 
 _TABLES = "embeddings."
 _TRANSFORMS = ".alignment.transforms."
@@ -34,15 +33,14 @@ def load_ticket(checkpoint: Path, model: DistributedModelParallel, plan: Dimensi
         UserError: a weight is missing or has a shape that cannot be taken over (names it).
     """
     module: CtrModel = model.module
-    stored = read_checkpoint_metadata(checkpoint).state_dict_metadata
+    stored = stored_shapes(checkpoint)
     state = model.state_dict()
     wanted = {name: value for name, value in state.items() if _TRANSFORMS not in name}
     whole: dict[str, Tensor] = {}
     for name, value in wanted.items():
-        entry = stored.get(f"model.{name}")
-        if not isinstance(entry, TensorStorageMetadata):
+        if f"model.{name}" not in stored:
             raise UserError(f"{checkpoint}: holds no weight {name}; it is not of this model")
-        whole[name] = value if name.startswith(_TABLES) else torch.empty(entry.size, dtype=value.dtype)
+        whole[name] = value if name.startswith(_TABLES) else torch.empty(stored[f"model.{name}"], dtype=value.dtype)
     dcp.load({"model": whole}, checkpoint_id=checkpoint)
     for name, value in wanted.items():
         source = whole[name]

@@ -132,7 +132,8 @@ def check_budget(tables: Mapping[str, Table], budget: Budget, multiple: int, min
     for name, table in tables.items():
         if table.dim % multiple:
             raise UserError(
-                f"table {name}: embedding_dim {table.dim} is not a multiple of {multiple}; allocate with multiple=1 or widen the table"
+                f"table {name}: embedding_dim {table.dim} is not a multiple of {multiple}; "
+                "allocate with multiple=1 or widen the table"
             )
     limit = budget.limit(list(tables.values()))
     floors = sum(_floor(table, multiple, min_dim) * budget.column_cost(table) for table in tables.values())
@@ -165,7 +166,7 @@ def _ranked_groups(
 
 
 def _plan(
-    scores: DimensionScores, kept: dict[str, list[int]], budget: Budget, ranking: dict[str, float | int | str]
+    scores: DimensionScores, kept: dict[str, list[int]], budget: Budget, ranking: Mapping[str, float | int | str]
 ) -> DimensionPlan:
     tables = {}
     for name, columns in kept.items():
@@ -179,7 +180,7 @@ def _plan(
             stored_dim=stored_dim(len(columns)),
             saliency_kept=float(own[columns].sum()) / total if total else 0.0,
             feature_names=list(table.feature_names),
-            pooling=table.pooling,  # type: ignore[arg-type]
+            pooling=table.pooling,
         )
     plans = tables.values()
     reached = {

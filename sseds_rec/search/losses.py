@@ -56,7 +56,8 @@ class RecordedLosses:
         for function, prediction, target, weight in self.calls:
             if prediction.numel() != rows:
                 raise UserError(
-                    f"criterion 'ggn' needs one prediction per row, {function.__name__} got {tuple(prediction.shape)} for {rows} rows"
+                    f"criterion 'ggn' needs one prediction per row, "
+                    f"{function.__name__} got {tuple(prediction.shape)} for {rows} rows"
                 )
             curvature = _CURVATURE[function](prediction.detach(), target)
             if weight is not None:

@@ -33,6 +33,7 @@ class Alignment(nn.Module):
         )
         self.groups = {d: [i for i, own in enumerate(self.dims) if own == d] for d in sorted(set(self.dims))}
         order = [i for members in self.groups.values() for i in members]
+        self.position: Tensor
         self.register_buffer("position", torch.tensor(order).argsort(), persistent=False)
         self.reset_parameters()
 

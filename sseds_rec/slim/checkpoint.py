@@ -95,6 +95,16 @@ def read_checkpoint_metadata(path: str | Path) -> Metadata:
         ) from None
 
 
+def stored_shapes(path: str | Path) -> dict[str, list[int]]:
+    """Entry name -> shape of every tensor in a checkpoint.
+
+    Raises:
+        UserError: see `read_checkpoint_metadata`.
+    """
+    entries = read_checkpoint_metadata(path).state_dict_metadata
+    return {name: list(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
 def _entries_by_table(metadata: Metadata, plan: DimensionPlan) -> dict[str, str]:
     """Entry name -> table of the plan, for every entry at or below a table's weight."""
     entries: dict[str, str] = {}
@@ -111,7 +121,8 @@ def _entries_by_table(metadata: Metadata, plan: DimensionPlan) -> dict[str, str]
             if not isinstance(stored, TensorStorageMetadata) or stored.size != expected:
                 shape = list(stored.size) if isinstance(stored, TensorStorageMetadata) else "no tensor"
                 raise UserError(
-                    f"table {table}: the checkpoint holds {shape}, the plan expects {list(expected)}; the plan is of another model"
+                    f"table {table}: the checkpoint holds {shape}, the plan expects {list(expected)}; "
+                    "the plan is of another model"
                 )
         entries |= dict.fromkeys(found, table)
     return entries

@@ -128,7 +128,8 @@ def check_plan(plan: DimensionPlan, model: nn.Module) -> None:
         asked, own = plan.tables[name], tables[name]
         if (asked.rows, asked.original_dim) != (own.rows, own.dim):
             raise UserError(
-                f"table {name} has {own.rows} rows x {own.dim} columns, the plan says {asked.rows} x {asked.original_dim}; the plan is of another model"
+                f"table {name} has {own.rows} rows x {own.dim} columns, "
+                f"the plan says {asked.rows} x {asked.original_dim}; the plan is of another model"
             )
 
 

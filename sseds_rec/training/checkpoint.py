@@ -16,7 +16,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json, write_json
-from sseds_rec.slim.checkpoint import read_checkpoint_metadata
+from sseds_rec.slim.checkpoint import read_checkpoint_metadata, stored_shapes
 
 _PROGRESS = "progress.json"
 
@@ -111,13 +111,14 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UserError: the checkpoint lacks a weight or holds it in another shape (names it).
     """
-    stored = read_checkpoint_metadata(path).state_dict_metadata
+    stored = stored_shapes(path)
     state = model.state_dict()
     for name, tensor in state.items():
-        entry = stored.get(f"model.{name}")
-        if entry is None or tuple(entry.size) != tuple(tensor.shape):
-            held = "nothing" if entry is None else list(entry.size)
-            raise UserError(f"{path}: {name} is {list(tensor.shape)} in the model, the checkpoint holds {held}")
+        held = stored.get(f"model.{name}")
+        if held != list(tensor.shape):
+            raise UserError(
+                f"{path}: {name} is {list(tensor.shape)} in the model, the checkpoint holds {held or 'nothing'}"
+            )
     dcp.load({"model": state}, checkpoint_id=path)
     model.load_state_dict(state)
 

@@ -84,4 +84,4 @@ def build_optimizer(
 
 
 def _keyed(parameters: dict[str, Any], optimizer: type[torch.optim.Optimizer], **options: Any) -> KeyedOptimizerWrapper:
-    return KeyedOptimizerWrapper(parameters, lambda params: optimizer(params, **options))  # type: ignore[call-arg]
+    return KeyedOptimizerWrapper(parameters, lambda params: optimizer(params, **options))
