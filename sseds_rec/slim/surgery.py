@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ class SlimEmbeddingBagCollection(nn.Module):
 
     Kept columns are aligned to the original width by a transform matrix per table (Eq. 13); features of dropped tables are
     zeros.
+
+    Its tables have the names of the original's in state dicts (`<path>.embedding_bags.<table>.weight`), so that what
+    `slim_checkpoint` writes loads into it.
 
     Args:
         configs: the original tables.
@@ -61,6 +65,8 @@ class SlimEmbeddingBagCollection(nn.Module):
             if init == "select":
                 alignment.select({tables[k]: plans[tables[k]].kept for k in keys})
             self.alignments[str(width)] = alignment
+        self.register_state_dict_post_hook(_hide_collection)
+        self.register_load_state_dict_pre_hook(_restore_collection)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """KJT over at least the kept features -> KeyedTensor [B, Σ original D], keys in the original order."""
@@ -76,6 +82,19 @@ class SlimEmbeddingBagCollection(nn.Module):
             for k, d in self.original.items()
         ]
         return KeyedTensor.from_tensor_list(list(self.original), values)
+
+
+_COLLECTION = "embedding_bag_collection."
+
+
+def _hide_collection(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix + _COLLECTION)]:
+        state[prefix + name.removeprefix(prefix + _COLLECTION)] = state.pop(name)
+
+
+def _restore_collection(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}embedding_bags.")]:
+        state[prefix + _COLLECTION + name.removeprefix(prefix)] = state.pop(name)
 
 
 def slim(model: nn.Module, plan: DimensionPlan, init: Init = "select") -> nn.Module:

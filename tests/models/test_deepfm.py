@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from sseds_rec.models.deepfm import DeepFM
 from sseds_rec.models.fields import FieldEmbeddings
 from sseds_rec.models.registry import ModelConfig
+from tests.models.plain import plain_deepfm
 
 B = 7
-
-
-def _plain(model: DeepFM, dense: Tensor, fields: dict[str, Tensor]) -> Tensor:
-    """z = <w, x> + b + Σ_{i<j} <ē_i, ē_j> + MLP(x), x = [dense, e_1, ..., e_m], pair by pair."""
-    weights = dict(model.named_parameters())
-    x = torch.cat([dense, *fields.values()], dim=1)
-    linear = (x * weights["first_order.weight"]).sum(dim=1) + weights["first_order.bias"]
-    aligned = [
-        e if model.fields.alignment is None else e @ model.fields.alignment.transforms[name].T
-        for name, e in fields.items()
-    ]
-    pairs = sum((a * b).sum(dim=1) for a, b in itertools.combinations(aligned, 2))
-    hidden = F.relu(x @ weights["deep.0.weight"].T + weights["deep.0.bias"])
-    hidden = F.relu(hidden @ weights["deep.2.weight"].T + weights["deep.2.bias"])
-    return linear + pairs + (hidden @ weights["output.weight"].T).squeeze(1)
 
 
 @pytest.mark.parametrize("num_dense", [0, 3])
@@ -45,7 +27,7 @@ def test_logits_and_gradients_equal_plain_pytorch(
     fields = {name: torch.randn(B, dim, requires_grad=True) for name, dim in dims.items()}
     shuffled = list(fields)[::-1]  # as a sharded collection may order its keys
     keyed = KeyedTensor.from_tensor_list(shuffled, [fields[name] for name in shuffled])
-    ours, plain = model(dense, keyed), _plain(model, dense, fields)
+    ours, plain = model(dense, keyed), plain_deepfm(model, dense, fields)
     assert ours.shape == (B,)
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     inputs = [*fields.values(), *model.parameters()]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torchrec.optim
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
@@ -124,6 +125,36 @@ def test_torchrecs_own_dlrm_runs_unchanged_on_slim_tables() -> None:
             mask[table.kept] = 1
             masked.model.sparse_arch.embedding_bag_collection.embedding_bags[name].weight.mul_(mask)
     torch.testing.assert_close(slim(batch)[1][1], masked(batch)[1][1], rtol=0, atol=1e-6)
+
+
+def _logits_of_slim_job(rank: int, world_size: int, plan_file: str, checkpoint: str) -> Tensor:
+    slim = sr.slim(ClickModel(device="meta"), sr.DimensionPlan.load(plan_file))
+    job = DistributedModelParallel(slim, device=torch.device("cpu"), sharders=[BagSharder()])
+    state = {"model": job.state_dict()}
+    dcp.load(state, checkpoint_id=checkpoint, planner=DefaultLoadPlanner(allow_partial_load=True))
+    job.load_state_dict(state["model"])
+    rows = make_rows(60, seed=2)
+    job.eval()
+    first = job(make_batch(rows, 30 * rank, 30 * rank + 30))[1]
+    job.train()
+    optimizer = torch.optim.SGD([p for name, p in job.named_parameters() if "embedding_bags" not in name], lr=0.1)
+    for _ in range(2):
+        job(make_batch(rows, 30 * rank, 30 * rank + 30))[0].backward()
+        optimizer.step()
+    return first
+
+
+def test_a_sharded_job_starts_from_a_slim_checkpoint_as_the_masked_model(tmp_path: Path) -> None:
+    weights = _weights()
+    model = ClickModel().eval()
+    model.load_state_dict(weights)
+    plan = _plan(model)
+    plan.save(tmp_path / "plan.json")
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "full")
+    sr.slim_checkpoint(tmp_path / "full", tmp_path / "slim", plan)
+    parts = run_ranks(2, _logits_of_slim_job, str(tmp_path / "plan.json"), str(tmp_path / "slim"))
+    expected = _masked(model, plan)(make_batch(make_rows(60, seed=2), 0, 60))[1]
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-6)
 
 
 def test_plans_of_other_models_are_refused() -> None:
