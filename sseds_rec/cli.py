@@ -186,7 +186,12 @@ def report(
     config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, paper: Paper = False, as_json: Json = False
 ) -> None:
     """Write the report page of a finished run anew."""
-    _run_stages("report", load_config(config, overrides, paper), run_dir, ("report",), "report", as_json)
+    with _pipeline(load_config(config, overrides, paper), run_dir, None) as (pipeline, main):
+        pipeline.report()
+        if main:
+            page = pipeline.run.path("report", "index.html")
+            console.print(f"report: wrote {page}")
+            _print_json(as_json, {"verb": "report", "run_dir": str(pipeline.run.folder), "report": str(page)})
 
 
 @app.command()

@@ -14,13 +14,11 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def silence_libraries() -> None:
-    """Keeps TorchRec's and torch's advice to developers off the user's terminal."""
-    warnings.filterwarnings("ignore", category=UserWarning)
+    """Keeps what TorchRec and torch say to their own developers off the user's terminal."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for name in ("torch", "torchrec", "fbgemm_gpu"):
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch(rec)?\.")
+    for name in (None, "torchrec.distributed", "torch.fx", "torch.distributed"):  # TorchRec uses the root logger too
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger().setLevel(logging.ERROR)
 
 
 def print_comparison(base: dict[str, Any], slim: dict[str, Any]) -> None:

@@ -58,6 +58,10 @@ class Pipeline:
                 f"train.batch_size={config.train.batch_size} does not divide by {runtime.world_size} ranks; choose a multiple"
             )
         self.batch_size = config.train.batch_size // runtime.world_size
+        if not self.schema.sparse_fields:
+            raise UserError(
+                f"{config.data.path}: all fields are dense inputs; there is no embedding table to train or search"
+            )
         tables = {field.name: Table(rows_of(field), config.model.embedding_dim) for field in self.schema.sparse_fields}
         check_budget(tables, config.search.budget, config.search.multiple, config.search.min_dim)
 

@@ -52,6 +52,9 @@ class RunDirectory:
     def finish(self, stage: str, metrics: dict[str, Any]) -> None:
         """Marks a stage done: writes its metrics, and the run's `metrics.json` from those of all stages."""
         write_json(self.path(stage, "metrics.json"), metrics)
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
         stages = [s for s in STAGES if self.path(s, "metrics.json").exists()]
         write_json(self.path("metrics.json"), {s: read_json(self.path(s, "metrics.json")) for s in stages})
 
@@ -73,9 +76,13 @@ class RunDirectory:
         runtime.barrier()  # every rank has compared before rank 0 writes
 
         def begin() -> None:
-            for stage in STAGES[again:]:
-                shutil.rmtree(self.path(stage), ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
+            for stage in STAGES[again:]:
+                _remove(self.path(stage))
+            if again < len(STAGES):
+                self._write_metrics()
+            for stage in filter(self.done, STAGES):
+                shutil.rmtree(self.path(stage, "checkpoints"), ignore_errors=True)  # of a run killed while it tidied up
             if not recorded.exists() or changed_keys(load_config(recorded), config):
                 config.save(recorded)
             if not self.path("environment.json").exists() or again < len(STAGES):
@@ -92,6 +99,15 @@ class RunDirectory:
                     f"{self.folder} was run with {key}={old}, now it is {new}; choose another --run-dir, "
                     f"or redo what depends on it with `sseds run ... --rerun-from {STAGES[first]}`"
                 )
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder under another name, so that a kill leaves no half of it that looks finished."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, removed)
+        shutil.rmtree(removed)
 
 
 def environment(runtime: Runtime) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sseds_rec.files import write_text
+
 #: Seconds between lines when nobody watches a terminal.
 _LINE_SECONDS = 10.0
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class StepReporter:
@@ -91,8 +93,7 @@ class History:
         if enabled:
             lines = path.read_text().splitlines() if path.exists() else []
             kept = [line for line in lines if _step_of(line) <= step]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{line}\n" for line in kept))
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def add(self, event: dict[str, Any]) -> None:
         """Appends an event."""

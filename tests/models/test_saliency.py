@@ -23,7 +23,9 @@ COUNT, D, DENSE = 64, 12, 2
 
 
 def _schema() -> Schema:
-    fields = [Field(name=n, kind="categorical", transform="vocabulary", cardinality=c, min_count=1) for n, c in ROWS.items()]
+    fields = [
+        Field(name=n, kind="categorical", transform="vocabulary", cardinality=c, min_count=1) for n, c in ROWS.items()
+    ]
     fields += [Field(name=f"x{i}", kind="numeric", transform="log1p") for i in range(DENSE)]
     splits = {name: Split(rows=0, positives=0, files=[]) for name in ("train", "validation", "test")}
     return Schema(label="click", fields=fields, seed=0, source={}, splits=splits)  # type: ignore[arg-type]
@@ -47,7 +49,9 @@ def _tables() -> dict[str, Tensor]:
     return {name: 0.5 * torch.randn(rows, D, generator=random) for name, rows in ROWS.items()}
 
 
-def _scores_on_rank(rank: int, world_size: int, criterion: str, placement: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _scores_on_rank(
+    rank: int, world_size: int, criterion: str, placement: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     torch.manual_seed(0)
     model = build_model(ModelConfig(embedding_dim=D, hidden=[16, 8]), _schema())
     fuse_table_optimizer(model, "rowwise_adagrad", 0.1, placement)  # type: ignore[arg-type]
