@@ -161,6 +161,7 @@ class Trainer:
 
     def _validate(self) -> None:
         begun, progress = time.monotonic(), self.progress
+        average_batch_norm(self.model, self.runtime)
         metrics = evaluate(self.model, self.loaders.validation, self.runtime)
         progress.seconds += time.monotonic() - begun
         progress.epoch += 1
@@ -177,3 +178,12 @@ class Trainer:
         event = {"kind": "eval", "split": "validation", "step": progress.step, "epoch": progress.epoch}
         self.history.add({**event, "auc": metrics.auc, "logloss": metrics.logloss, "seconds": progress.seconds})
         self.checkpoints.save(self.model, self.optimizer, progress)
+
+
+def average_batch_norm(model: nn.Module, runtime: Runtime) -> None:
+    """Gives all ranks the mean of their running statistics: each has seen its own rows only, and they are one model."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            assert module.running_mean is not None and module.running_var is not None
+            runtime.mean(module.running_mean)
+            runtime.mean(module.running_var)
