@@ -47,7 +47,9 @@ Paper = Annotated[
 ]
 Output = Annotated[Path, typer.Option(help="Folder to make.")]
 Split = Annotated[str, typer.Option(help="Fractions of train, validation and test.")]
-Seed = Annotated[int, typer.Option(help="Seed of the split and of the stored order of the train rows.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and of the stored order of the train rows.")
+]
 MinCount = Annotated[int, typer.Option(help="Values seen less often in the train split share one id.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier prepared set.")]
 
@@ -186,7 +188,7 @@ def report(
     config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, paper: Paper = False, as_json: Json = False
 ) -> None:
     """Write the report page of a finished run anew."""
-    with _pipeline(load_config(config, overrides, paper), run_dir, None) as (pipeline, main):
+    with _pipeline(load_config(config, overrides, paper), run_dir, None, "report", "retrain") as (pipeline, main):
         pipeline.report()
         if main:
             page = pipeline.run.path("report", "index.html")
@@ -205,7 +207,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """AUC and logloss of a trained model on a split."""
-    with _pipeline(load_config(config, overrides, paper), run_dir, None) as (pipeline, main):
+    with _pipeline(load_config(config, overrides, paper), run_dir, None, "evaluate", stage) as (pipeline, main):
         metrics = pipeline.evaluate(stage, split)
         if main:
             console.print(
@@ -244,18 +246,24 @@ def _fail(message: str) -> None:
 
 
 @contextmanager
-def _pipeline(config: Config, run_dir: Path | None, rerun_from: str | None) -> Iterator[tuple[Pipeline, bool]]:
-    """The opened run of a config, and whether this process is the one that prints."""
+def _pipeline(
+    config: Config, run_dir: Path | None, rerun_from: str | None, verb: str, needs: Stage | None
+) -> Iterator[tuple[Pipeline, bool]]:
+    """The opened run of a config, and whether this process is the one that prints; refuses if the stage `needs` is undone."""
     with runtime(config.device) as place:
         pipeline = Pipeline(config, RunDirectory(run_dir or Path("runs") / config.name), place)
+        if needs:
+            pipeline.run.require(verb, needs)
         pipeline.run.open(config, place, rerun_from)
         yield pipeline, place.is_main
 
 
 def _run_stages(
-    verb: str, config: Config, run_dir: Path | None, stages: tuple[str, ...], rerun_from: str | None, as_json: bool
+    verb: str, config: Config, run_dir: Path | None, stages: tuple[Stage, ...], rerun_from: str | None, as_json: bool
 ) -> None:
-    with _pipeline(config, run_dir, rerun_from) as (pipeline, main):
+    first = STAGES.index(stages[0])
+    needs = STAGES[first - 1] if first else None
+    with _pipeline(config, run_dir, rerun_from, verb, needs) as (pipeline, main):
         folder = pipeline.run.folder
         todo = [stage for stage in stages if not pipeline.run.done(stage)]
         for stage in todo:

@@ -20,7 +20,7 @@ from sseds_rec.training.trainer import TrainConfig
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -83,7 +83,7 @@ class Config(_Section):
     """One experiment. `sseds run` writes it, resolved, to `config.yaml` of the run directory."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    seed: int = Field(2022, ge=0)
+    seed: int = Field(2022, ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -153,7 +153,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(below, dict):
             raise UserError(f"override {override!r}: {section} is a value, not a section")
         tree = below
-    if sections[-1:] == ["budget"]:
+    if sections == ["search", "budget"]:
         tree.clear()  # a budget has one key: the new one replaces the old
     tree[last] = value
 

@@ -14,12 +14,12 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from sseds_rec.config import Config
 from sseds_rec.data.loader import Loader
-from sseds_rec.data.schema import Schema
+from sseds_rec.data.schema import Schema, SplitName
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import shard
 from sseds_rec.errors import UserError
 from sseds_rec.files import write_json, write_text
-from sseds_rec.models import CtrModel, build_model, build_slim_model, rows_of
+from sseds_rec.models import CtrModel, build_model, build_slim_model, plan_for, rows_of, table_names
 from sseds_rec.models.ticket import load_ticket
 from sseds_rec.report.html import write_report
 from sseds_rec.run_directory import RunDirectory
@@ -33,7 +33,7 @@ from sseds_rec.training.metrics import evaluate
 from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer, placement_for
 from sseds_rec.training.trainer import Loaders, TrainConfig, Trainer
 
-Split = Literal["train", "validation", "test"]
+_TABLE = ".embedding_bags."
 
 
 class Pipeline:
@@ -58,11 +58,31 @@ class Pipeline:
                 f"train.batch_size={config.train.batch_size} does not divide by {runtime.world_size} ranks; choose a multiple"
             )
         self.batch_size = config.train.batch_size // runtime.world_size
-        if not self.schema.sparse_fields:
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Refuses, before anything is trained or written, what could only fail later."""
+        config, schema = self.config, self.schema
+        if not schema.sparse_fields:
             raise UserError(
                 f"{config.data.path}: all fields are dense inputs; there is no embedding table to train or search"
             )
-        tables = {field.name: Table(rows_of(field), config.model.embedding_dim) for field in self.schema.sparse_fields}
+        if schema.splits["train"].rows < config.train.batch_size:
+            raise UserError(
+                f"train.batch_size={config.train.batch_size} is more than the {schema.splits['train'].rows:,} rows of "
+                f"{config.data.path}; lower it"
+            )
+        held_out: tuple[SplitName, ...] = ("validation", "test")
+        for split in held_out:
+            if not 0 < schema.splits[split].positives < schema.splits[split].rows:
+                raise UserError(
+                    f"{config.data.path}: the labels of the {split} split are all the same, so AUC is undefined; "
+                    "split the data again"
+                )
+        names = table_names(schema)
+        tables = {
+            names[field.name]: Table(rows_of(field), config.model.embedding_dim) for field in schema.sparse_fields
+        }
         check_budget(tables, config.search.budget, config.search.multiple, config.search.min_dim)
 
     def pretrain(self) -> dict[str, Any]:
@@ -146,9 +166,9 @@ class Pipeline:
     def report(self) -> None:
         """Writes `report/index.html` from the other stages' artefacts."""
         self.run.require("report", "retrain")
-        self.runtime.on_main(lambda: (write_report(self.run.folder), None)[1])
+        self.runtime.on_main(lambda: write_report(self.run.folder))
 
-    def evaluate(self, stage: Literal["pretrain", "retrain"], split: Split) -> dict[str, Any]:
+    def evaluate(self, stage: Literal["pretrain", "retrain"], split: SplitName) -> dict[str, Any]:
         """AUC and logloss of a trained stage on a split."""
         self.run.require("evaluate", stage)
         self._seed()
@@ -198,7 +218,7 @@ class Pipeline:
         """Makes a stage independent of what ran before it in this process."""
         torch.manual_seed(self.config.seed)
 
-    def _loader(self, split: Split, shuffle: bool = False, drop_last: bool = False) -> Loader:
+    def _loader(self, split: SplitName, shuffle: bool = False, drop_last: bool = False) -> Loader:
         return Loader(
             self.config.data.path,
             split,
@@ -211,16 +231,14 @@ class Pipeline:
         )
 
     def _plan(self) -> DimensionPlan:
-        return DimensionPlan.load(self.run.path("search", "plan.json"))
+        return plan_for(self.config.model, self.schema, DimensionPlan.load(self.run.path("search", "plan.json")))
 
     def _test(self, model: DistributedModelParallel) -> dict[str, float]:
         metrics = evaluate(model, self._loader("test"), self.runtime)
         return {"auc": metrics.auc, "logloss": metrics.logloss}
 
     def _write_sharding_plan(self, stage: str, model: DistributedModelParallel) -> None:
-        self.runtime.on_main(
-            lambda: (write_text(self.run.path(stage, "sharding_plan.txt"), f"{model.plan}\n"), None)[1]
-        )
+        self.runtime.on_main(lambda: write_text(self.run.path(stage, "sharding_plan.txt"), f"{model.plan}\n"))
 
     def _finish(self, stage: str, metrics: dict[str, Any]) -> dict[str, Any]:
         self.runtime.on_main(lambda: self.run.finish(stage, metrics))
@@ -229,9 +247,10 @@ class Pipeline:
 
 def parameter_counts(model: DistributedModelParallel) -> dict[str, int]:
     """Numbers in the tables, and in the whole model, counted from its tensors over all ranks."""
-    sizes = {name: tensor.size().numel() for name, tensor in model.state_dict().items()}
-    tables = sum(size for name, size in sizes.items() if ".embedding_bags." in name)
-    return {"embedding_parameters": tables, "parameters": sum(sizes.values())}
+    stored = model.state_dict()
+    tables = sum(tensor.size().numel() for name, tensor in stored.items() if _TABLE in name)
+    dense = sum(parameter.numel() for name, parameter in model.named_parameters() if _TABLE not in name)
+    return {"embedding_parameters": tables, "parameters": tables + dense}
 
 
 def _table_rate(train: TrainConfig) -> float:
@@ -244,5 +263,12 @@ def _keep(source: Path, target: Path) -> None:
         return
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, copy_function=os.link)
+    shutil.copytree(source, temporary, copy_function=_link_or_copy)
     os.replace(temporary, target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)

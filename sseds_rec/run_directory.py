@@ -55,8 +55,12 @@ class RunDirectory:
         self._write_metrics()
 
     def _write_metrics(self) -> None:
+        """Brings the run's `metrics.json` up to date with the stages'."""
         stages = [s for s in STAGES if self.path(s, "metrics.json").exists()]
-        write_json(self.path("metrics.json"), {s: read_json(self.path(s, "metrics.json")) for s in stages})
+        metrics = {s: read_json(self.path(s, "metrics.json")) for s in stages}
+        path = self.path("metrics.json")
+        if metrics != (read_json(path) if path.exists() else {}):
+            write_json(path, metrics)
 
     def open(self, config: Config, runtime: Runtime, rerun_from: str | None = None) -> None:
         """Begins or goes on with an experiment; all ranks call it.
@@ -77,10 +81,10 @@ class RunDirectory:
 
         def begin() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for stage in STAGES[again:]:
-                _remove(self.path(stage))
-            if again < len(STAGES):
-                self._write_metrics()
+            # Last stage first: what a kill leaves was made from the stages that are still there.
+            for stage in reversed(STAGES):
+                _remove(self.path(stage), hide=STAGES.index(stage) >= again)
+            self._write_metrics()
             for stage in filter(self.done, STAGES):
                 shutil.rmtree(self.path(stage, "checkpoints"), ignore_errors=True)  # of a run killed while it tidied up
             if not recorded.exists() or changed_keys(load_config(recorded), config):
@@ -101,11 +105,16 @@ class RunDirectory:
                 )
 
 
-def _remove(folder: Path) -> None:
-    """Removes a folder under another name, so that a kill leaves no half of it that looks finished."""
+def _remove(folder: Path, hide: bool) -> None:
+    """Removes a folder under another name, so that a kill leaves no half of it that looks finished.
+
+    Args:
+        folder: a stage's.
+        hide: whether to remove it; if not, only what an earlier, killed call left.
+    """
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
-    if folder.exists():
+    if hide and folder.exists():
         os.replace(folder, removed)
         shutil.rmtree(removed)
 

@@ -46,6 +46,12 @@ def test_help_names_the_verbs(sseds: Sseds) -> None:
         ("model.embedding_dim=10", ("model.embedding_dim=10", "not a multiple of 4")),
         ("model.name=deepfn", ("no model named 'deepfn'", "deepfm")),
         ("search.criterion=spin", ("no criterion named 'spin'", "snip, ggn")),
+        ("search.budget.parameters=.nan", ("search.budget.parameters", "finite")),
+        ("model.hidden=[0]", ("model.hidden.0=0", "greater than 0")),
+        ("train.learning_rate=.inf", ("train.learning_rate=inf", "finite")),
+        ("train.batch_size=true", ("train.batch_size=True", "integer")),
+        ("train.batch_size=100000", ("train.batch_size=100000 is more than the 6,400 rows",)),
+        ("seed=99999999999999999999999", ("seed", "less than")),
         ("train.epochs=0", ("train.epochs=0", "greater than or equal to 1")),
         ("train.epochs", ("'train.epochs' is not key=value",)),
         (
@@ -89,6 +95,7 @@ def test_stages_out_of_order_name_what_to_run_first(config: Path, sseds: Sseds, 
         ("evaluate", "retrain"),
     ):
         _refused(sseds(verb, config, "--run-dir", tmp_path / verb), f"run `sseds {first}` first")
+        assert not (tmp_path / verb).exists()
 
 
 def test_nan_loss_names_step_and_learning_rate_and_a_lower_rate_goes_on(
@@ -118,6 +125,37 @@ def test_damaged_data_is_refused_before_training(prepared: Path, config: Path, s
     part.unlink()
     done = sseds("run", config, f"data.path={data}", "--run-dir", tmp_path / "run2")
     assert done.code == 2 and "part-00000.parquet" in done.err
+
+
+def test_labels_of_one_class_are_refused_before_training(
+    click_log: Path, config: Path, sseds: Sseds, tmp_path: Path
+) -> None:
+    part = pl.when(pl.int_range(pl.len()) < 7000).then(pl.lit("train")).otherwise(pl.lit("val"))
+    frame = pl.read_csv(click_log).with_columns(part=part)
+    rest = frame.head(50).with_columns(part=pl.lit("test"), click=pl.lit(1))
+    pl.concat([frame, rest.select(frame.columns).cast(frame.schema)]).write_csv(tmp_path / "split.csv")
+    columns = ["--label", "click", "--categorical", "user,ad", "--split-by", "column:part"]
+    assert (
+        sseds("prepare", "table", "--input", tmp_path / "split.csv", "--output", tmp_path / "set", *columns).code == 0
+    )
+    done = sseds("run", config, f"data.path={tmp_path / 'set'}", "--run-dir", tmp_path / "run")
+    _refused(done, "labels of the test split are all the same")
+    assert not (tmp_path / "run").exists()
+
+
+def test_any_column_name_makes_a_table(click_log: Path, config: Path, sseds: Sseds, tmp_path: Path) -> None:
+    """Names that torch modules, numpy archives or paths have a meaning for."""
+    names = {"user": "user.id", "ad": "type", "hour": "file", "noise": "t_type"}
+    pl.read_csv(click_log).rename(names).write_csv(tmp_path / "odd.csv")
+    columns = ["--label", "click", "--categorical", ",".join(names.values())]
+    assert sseds("prepare", "table", "--input", tmp_path / "odd.csv", "--output", tmp_path / "set", *columns).code == 0
+    run = tmp_path / "run"
+    settings = [f"data.path={tmp_path / 'set'}", "train.epochs=1", "search.min_dim=4", "search.budget.parameters=0.5"]
+    done = sseds("run", config, *settings, "--run-dir", run)
+    assert done.code == 0, done.err
+    plan = json.loads((run / "search/plan.json").read_text())
+    fields = {name: table["feature_names"] for name, table in plan["tables"].items()}
+    assert fields == {"user_id": ["user.id"], "t_t_type": ["type"], "file": ["file"], "t_type": ["t_type"]}
 
 
 def test_prepare_table_by_command_line(click_log: Path, sseds: Sseds, tmp_path: Path) -> None:

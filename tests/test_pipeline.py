@@ -176,21 +176,29 @@ def test_paper_mode_and_select_or_random_transforms(
 
 
 @pytest.mark.parametrize(
-    "appears",
+    ("appears", "settings"),
     [
-        "pretrain/checkpoints/step-00000010",
-        "pretrain/checkpoints/step-00000040",
-        "search",
-        "slim/.checkpoint.tmp",
-        "retrain/checkpoints/step-00000030",
-        "report",
+        ("pretrain/checkpoints/step-00000010", []),
+        ("pretrain/checkpoints/step-00000040", []),
+        ("search", []),
+        ("slim/.checkpoint.tmp", []),
+        ("retrain/checkpoints/step-00000030", []),
+        ("report", []),
+        (
+            "pretrain/checkpoints/step-00000030",
+            ["train.table_optimizer=rowwise_adagrad", "train.table_learning_rate=0.05"],
+        ),
     ],
 )
 def test_killed_run_goes_on_to_the_same_result(
-    finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path, appears: str
+    finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path, appears: str, settings: list[str]
 ) -> None:
     run = tmp_path / "killed"
-    args = ["run", config, "train.checkpoint_steps=10", "--run-dir", run]
+    args = ["run", config, "train.checkpoint_steps=10", "--run-dir", run, *settings]
+    expected = finished_run
+    if settings:
+        expected = tmp_path / "whole"
+        assert sseds("run", config, "--run-dir", expected, *settings).code == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "sseds_rec", *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -201,10 +209,76 @@ def test_killed_run_goes_on_to_the_same_result(
     assert process.wait() == -signal.SIGKILL
     resumed = sseds(*args)
     assert resumed.code == 0, resumed.err
-    assert _results(run) == _results(finished_run)
+    assert _results(run) == _results(expected)
     history = [json.loads(line) for line in (run / "pretrain/history.jsonl").read_text().splitlines()]
     evaluated = [event["step"] for event in history if event["kind"] == "eval"]
     assert evaluated == sorted(set(evaluated)) and len(evaluated) == 3
+
+
+@pytest.mark.parametrize("file", ["pretrain/checkpoint", "search/plan.json"])
+def test_damaged_artefacts_are_one_line(
+    finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path, file: str
+) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(finished_run, run)
+    for path in (run / file).glob("*.distcp") if (run / file).is_dir() else [run / file]:
+        path.write_bytes(path.read_bytes()[:100])
+    verb = "search" if "pretrain" in file else "slim"
+    done = sseds(verb, config, "--run-dir", run, "--rerun")
+    assert done.code == 2 and done.err.count("\n") == 1 and file in done.err
+
+
+def test_tables_of_a_plan_may_come_in_any_order(finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path) -> None:
+    run = tmp_path / "turned"
+    shutil.copytree(finished_run, run)
+    plan = _json(run, "search/plan.json")
+    plan["tables"] = dict(reversed(plan["tables"].items()))
+    (run / "search/plan.json").write_text(json.dumps(plan))
+    assert sseds("slim", config, "--run-dir", run, "--rerun").code == 0
+    assert _results(run)["slim"] == _results(finished_run)["slim"]
+    plan["tables"].pop("user")
+    (run / "search/plan.json").write_text(json.dumps(plan))
+    done = sseds("slim", config, "--run-dir", run, "--rerun")
+    assert done.code == 2 and "table user is in the data only" in done.err
+
+
+def test_what_kills_between_two_writes_leave_is_mended(
+    finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path
+) -> None:
+    run = tmp_path / "between"
+    shutil.copytree(finished_run, run)
+    shutil.rmtree(run / "report")
+    metrics = _json(run, "metrics.json")
+    metrics.pop("retrain")
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "pretrain/checkpoints/step-00000001").mkdir(parents=True)
+    (run / ".search.removed").mkdir()
+    assert sseds("run", config, "--run-dir", run).code == 0
+    assert _results(run) == _results(finished_run) and (run / "report/index.html").exists()
+    assert not (run / "pretrain/checkpoints").exists() and not (run / ".search.removed").exists()
+
+
+def test_early_stopping_keeps_the_best_step_and_retrain_has_its_own_settings(
+    config: Path, sseds: Sseds, tmp_path: Path
+) -> None:
+    run = tmp_path / "stopped"
+    settings = [
+        "train.epochs=12",
+        "train.patience=1",
+        "train.learning_rate=0.05",
+        "retrain.epochs=1",
+        "train.embedding_l2=0.001",
+    ]
+    assert sseds("run", config, *settings, "--run-dir", run).code == 0
+    pretrain, retrain = _results(run)["pretrain"], _results(run)["retrain"]
+    history = [json.loads(line) for line in (run / "pretrain/history.jsonl").read_text().splitlines()]
+    aucs = [event["auc"] for event in history if event["kind"] == "eval"]
+    assert pretrain["epochs"] == len(aucs) < 12 and aucs[-1] <= aucs[-2] == max(aucs) == pretrain["validation_auc"]
+    best = sseds(
+        "evaluate", config, *settings, "--run-dir", run, "--stage", "pretrain", "--split", "validation", "--json"
+    )
+    assert best.json["auc"] == max(aucs)
+    assert retrain["epochs"] == 1
 
 
 def _torchrun(ranks: int, *args: object) -> None:

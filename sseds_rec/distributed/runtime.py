@@ -38,7 +38,7 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
-    def on_main(self, action: Callable[[], None]) -> None:
+    def on_main(self, action: Callable[[], object]) -> None:
         """Runs `action` on the main rank while the others wait; all raise what it raises."""
         failure: list[Exception | None] = [None]
         if self.is_main:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
@@ -52,3 +56,19 @@ def table_configs(module: nn.Module) -> list[EmbeddingBagConfig]:
     if isinstance(module, EmbeddingBagCollection):
         return module.embedding_bag_configs()
     return module._embedding_bag_configs  # type: ignore[return-value]
+
+
+@contextmanager
+def kernels_uncounted(model: nn.Module) -> Iterator[None]:
+    """Undoes what forward passes in the block do to the fused optimizers: FBGEMM counts Adam's steps in *forward*."""
+    lookups = [lookup for module in model.modules() for lookup in getattr(module, "_lookups", [])]
+    kernels = [
+        m for lookup in lookups for m in lookup.modules() if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)
+    ]
+    counters = [(kernel.step, kernel.iter.clone(), kernel.iter_cpu.clone()) for kernel in kernels]
+    try:
+        yield
+    finally:
+        for kernel, (step, iteration, iteration_cpu) in zip(kernels, counters, strict=True):
+            kernel.step, kernel.iter_cpu = step, iteration_cpu
+            kernel.iter.copy_(iteration)

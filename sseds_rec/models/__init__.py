@@ -1,7 +1,17 @@
 """Models over a KeyedTensor of embeddings. Importing the package registers them."""
 
 from sseds_rec.models import deepfm
-from sseds_rec.models.ctr import CtrModel, build_model, build_slim_model, rows_of
+from sseds_rec.models.ctr import CtrModel, build_model, build_slim_model, plan_for, rows_of, table_names
 from sseds_rec.models.registry import MODELS, ModelConfig
 
-__all__ = ["MODELS", "CtrModel", "ModelConfig", "build_model", "build_slim_model", "deepfm", "rows_of"]
+__all__ = [
+    "MODELS",
+    "CtrModel",
+    "ModelConfig",
+    "build_model",
+    "build_slim_model",
+    "deepfm",
+    "plan_for",
+    "rows_of",
+    "table_names",
+]

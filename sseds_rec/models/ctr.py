@@ -12,9 +12,11 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from sseds_rec.data.loader import Batch
 from sseds_rec.data.schema import Field, Schema
+from sseds_rec.errors import UserError
 from sseds_rec.models.fields import FieldEmbeddings
 from sseds_rec.models.registry import MODELS, ModelConfig, OverArch
 from sseds_rec.search.plan import DimensionPlan
+from sseds_rec.slim.alignment import Init
 
 #: Small, so that the first logits are: TorchRec's own start is ±√(1/n), large in tables of few rows.
 _INIT_STD = 0.01
@@ -46,10 +48,11 @@ class CtrModel(nn.Module):
 
 
 def build_model(config: ModelConfig, schema: Schema, embedding_l2: float = 0.0) -> CtrModel:
-    """The full model: every field of the schema as one table of `config.embedding_dim` columns."""
+    """The full model: every sparse field of the schema as one table of `config.embedding_dim` columns."""
+    names = table_names(schema)
     tables = [
         EmbeddingBagConfig(
-            name=field.name,
+            name=names[field.name],
             feature_names=[field.name],
             num_embeddings=rows_of(field),
             embedding_dim=config.embedding_dim,
@@ -63,23 +66,58 @@ def build_model(config: ModelConfig, schema: Schema, embedding_l2: float = 0.0) 
 
 
 def build_slim_model(
-    config: ModelConfig, schema: Schema, plan: DimensionPlan, transform: str, embedding_l2: float = 0.0
+    config: ModelConfig, schema: Schema, plan: DimensionPlan, transform: Init, embedding_l2: float = 0.0
 ) -> CtrModel:
     """The slim model: the plan's tables, dropped fields gone, transform matrices for the interaction part.
 
     Args:
+        config: of the full model.
+        schema: of the data.
+        plan: see `plan_for`.
         transform: "random" aligns to the widest kept table, as the paper; "select" to the original width, so that the model
             equals the full one with the dropped columns masked.
+        embedding_l2: see `CtrModel`.
     """
-    dims = {name: dim for name, dim in plan.dims().items() if dim}
-    aligned_dim = config.embedding_dim if transform == "select" else max(dims.values())
-    fields = FieldEmbeddings(dims, aligned_dim)
+    tables = {field: table for field, table in table_names(schema).items() if plan.tables[table].kept}
+    dims = {field: plan.tables[table].embedding_dim for field, table in tables.items()}
+    fields = FieldEmbeddings(dims, config.embedding_dim if transform == "select" else max(dims.values()), tables)
     assert fields.alignment is not None
     if transform == "select":
-        fields.alignment.select({name: plan.tables[name].kept for name in dims})
-    return CtrModel(
-        plan.embedding_bag_configs(), MODELS[config.name](fields, len(schema.dense_fields), config), embedding_l2
-    )
+        fields.alignment.select({table: plan.tables[table].kept for table in tables.values()})
+    over = MODELS[config.name](fields, len(schema.dense_fields), config)
+    return CtrModel(plan.embedding_bag_configs(), over, embedding_l2)
+
+
+def table_names(schema: Schema) -> dict[str, str]:
+    """Sparse field -> its table: of the same name, unless torch cannot have a module of that name ("type", "user.id")."""
+    fields = {field.name for field in schema.sparse_fields}
+    names: dict[str, str] = {}
+    for field in schema.sparse_fields:
+        name = field.name.replace(".", "_")
+        while hasattr(nn.ModuleDict(), name) or name in names.values() or (name != field.name and name in fields):
+            name = f"t_{name}"
+        names[field.name] = name
+    return names
+
+
+def plan_for(config: ModelConfig, schema: Schema, plan: DimensionPlan) -> DimensionPlan:
+    """The plan with its tables in the schema's order, in which the full model concatenates them.
+
+    Raises:
+        UserError: the plan is of another data set or model (names the first table that differs).
+    """
+    expected = {name: rows_of(f) for f, name in zip(schema.sparse_fields, table_names(schema).values(), strict=True)}
+    for name in [*expected, *plan.tables]:
+        if name not in plan.tables or name not in expected:
+            where = "data" if name in expected else "plan"
+            raise UserError(f"table {name} is in the {where} only; the plan is of another data set, search again")
+        table = plan.tables[name]
+        if (table.rows, table.original_dim) != (expected[name], config.embedding_dim):
+            raise UserError(
+                f"table {name} has {expected[name]} rows x {config.embedding_dim} columns, the plan says "
+                f"{table.rows} x {table.original_dim}; the plan is of another model, search again"
+            )
+    return plan.model_copy(update={"tables": {name: plan.tables[name] for name in expected}})
 
 
 def rows_of(field: Field) -> int:

@@ -21,14 +21,17 @@ class FieldEmbeddings(nn.Module):
         dims: field -> d_i, in the order the models concatenate them. A table that is stored wider than d_i (see
             `DimensionPlan`, multiple=1) is cut to its first d_i columns.
         aligned_dim: A for slim fields; None for uniform ones.
+        tables: field -> table, by whose name its transform matrix goes; the same if not given.
     """
 
-    def __init__(self, dims: Mapping[str, int], aligned_dim: int | None = None) -> None:
+    def __init__(
+        self, dims: Mapping[str, int], aligned_dim: int | None = None, tables: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
         self.dims = dict(dims)
         self.names = list(self.dims)
         self.raw_dim = sum(self.dims.values())
-        self.alignment = Alignment(self.dims, aligned_dim) if aligned_dim is not None else None
+        self.alignment = Alignment(self.dims, aligned_dim, tables) if aligned_dim is not None else None
         self.aligned_dim = aligned_dim if aligned_dim is not None else next(iter(self.dims.values()))
 
     def forward(self, embeddings: KeyedTensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from torch import nn
 
 from sseds_rec.distributed.tables import KERNEL_MULTIPLE
@@ -39,11 +39,11 @@ class ModelConfig(BaseModel):
         batch_norm: after every hidden linear layer.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str = "deepfm"
     embedding_dim: int = Field(64, gt=0)
-    hidden: list[int] = Field([1024, 1024], min_length=1)
+    hidden: list[PositiveInt] = Field([1024, 1024], min_length=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     batch_norm: bool = False
 

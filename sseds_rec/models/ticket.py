@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from sseds_rec.distributed.checkpoint import load_checkpoint, stored_shapes
 from sseds_rec.errors import UserError
 from sseds_rec.models.ctr import CtrModel
 from sseds_rec.search.plan import DimensionPlan
-from sseds_rec.slim.checkpoint import stored_shapes
 
 _TABLES = "embeddings."
 _TRANSFORMS = ".alignment.transforms."
@@ -27,7 +26,7 @@ def load_ticket(checkpoint: Path, model: DistributedModelParallel, plan: Dimensi
     Args:
         checkpoint: from `slim_checkpoint`.
         model: `CtrModel` built from the plan, sharded; its tables may be placed in any way.
-        plan: of the checkpoint.
+        plan: of the checkpoint, its tables in the order of the full model's fields (`plan_for`).
 
     Raises:
         UserError: a weight is missing or has a shape that cannot be taken over (names it).
@@ -41,7 +40,7 @@ def load_ticket(checkpoint: Path, model: DistributedModelParallel, plan: Dimensi
         if f"model.{name}" not in stored:
             raise UserError(f"{checkpoint}: holds no weight {name}; it is not of this model")
         whole[name] = value if name.startswith(_TABLES) else torch.empty(stored[f"model.{name}"], dtype=value.dtype)
-    dcp.load({"model": whole}, checkpoint_id=checkpoint)
+    load_checkpoint({"model": whole}, checkpoint)
     for name, value in wanted.items():
         source = whole[name]
         if source is value:

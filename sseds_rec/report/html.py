@@ -148,4 +148,7 @@ def _commands(run: Run) -> list[str]:
     config, again = (shlex.quote(str(run.directory / "config.yaml")), shlex.quote(f"{run.directory}-again"))
     processes = run.environment.get("world_size", 1)
     launcher = "sseds" if processes == 1 else f"torchrun --nproc-per-node {processes} -m sseds_rec"
-    return [f"{launcher} run {config} --run-dir {again}", f"sseds report {config}"]
+    return [
+        f"{launcher} run {config} --run-dir {again}",
+        f"sseds report {config} --run-dir {shlex.quote(str(run.directory))}",
+    ]

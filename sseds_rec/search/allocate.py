@@ -26,7 +26,7 @@ class Budget(BaseModel):
         dims: share of Σd, in (0, 1]: every column costs the same, whatever its rows.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     parameters: float | int | None = None
     dims: float | None = None

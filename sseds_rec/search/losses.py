@@ -61,7 +61,7 @@ class RecordedLosses:
                 )
             curvature = _CURVATURE[function](prediction.detach(), target)
             if weight is not None:
-                curvature = curvature * weight
+                curvature = curvature * weight.expand_as(prediction)
             found.append((prediction, curvature.reshape(rows, 1)))
         return found
 

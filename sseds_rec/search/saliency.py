@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -31,7 +32,7 @@ def score_dimensions(
 
     Works on a plain model and on one wrapped in `DistributedModelParallel`, unmodified. On several ranks every rank calls
     it with its own batches, the same number of them on each; batch sizes may differ. All ranks get the same scores, those
-    that one rank would get on all the rows; one all-reduce of Σd + 1 float64 is the only communication besides the
+    that one rank would get on all the rows; one all-reduce of Σd + 2 float64 is the only communication besides the
     model's own forward.
 
     Example::
@@ -62,26 +63,33 @@ def score_dimensions(
     tables = plan_tables(modules)
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     sums = {name: torch.zeros(tables[name].dim, dtype=torch.float64, device=device) for name in names.values()}
-    samples, used = 0, 0
+    # Beside the sums: the number of rows, and the loss, so that ranks with a bad batch or none fail together.
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    used = 0
     with tapped(model) as taps:
         for used, batch in enumerate(islice(batches, num_batches), start=1):  # noqa: B007
             batch = batch.to(device) if hasattr(batch, "to") else batch
-            for (path, table), statistic in _batch_statistics(model, batch, taps, measure, loss_fn):
+            loss, statistics = _batch_statistics(model, batch, taps, measure, loss_fn)
+            for (path, table), statistic in statistics:
                 sums[names[path, table]] += statistic
-            samples += _rows(taps)
-    if used == 0:
+            totals += torch.stack([torch.full_like(loss, _rows(taps)), loss])
+    packed = _sum_over_ranks(torch.cat([*sums.values(), totals]))
+    total, total_loss = packed[-2:].tolist()
+    if total == 0:
         raise UserError("no batch to score with; give at least one")
-    packed = _sum_over_ranks(torch.cat([*sums.values(), torch.tensor([samples], dtype=torch.float64, device=device)]))
-    total = packed[-1]
-    means = dict(zip(sums, torch.split(packed[:-1] / total, [len(s) for s in sums.values()]), strict=True))
+    if not math.isfinite(total_loss):
+        raise UserError(
+            f"the loss of a scoring batch is {total_loss}; the model's weights or the batch hold NaN or infinity"
+        )
+    means = dict(zip(sums, torch.split(packed[:-2] / total, [len(s) for s in sums.values()]), strict=True))
     search = {"method": "sseds", "criterion": criterion, "batches": used, "samples": int(total)}
     return DimensionScores({name: measure.score(mean) for name, mean in means.items()}, tables, search)
 
 
 def _batch_statistics(
     model: nn.Module, batch: Any, taps: list[Tap], criterion: Criterion, loss_fn: LossFn | None
-) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """((module path, table), the criterion's statistic [D]) for one batch, one pair for each differentiated output."""
+) -> tuple[Tensor, Iterator[tuple[tuple[str, str], Tensor]]]:
+    """The batch's loss, and ((module path, table), the criterion's statistic [D]) for each differentiated output."""
     for tap in taps:
         tap.outputs.clear()
     with torch.enable_grad(), record_losses() as recorded:
@@ -91,27 +99,23 @@ def _batch_statistics(
         raise UserError(
             "the model must return its mean loss (a scalar), or a tuple that begins with it; give loss_fn otherwise"
         )
-    if not bool(torch.isfinite(loss)):
-        raise UserError(
-            f"the loss of a scoring batch is {float(loss.detach())}; the model's weights or the batch hold NaN or infinity"
-        )
     rows = _rows(taps)
     # The loss is a mean over this rank's rows: times rows it is a sum, so that ranks and batches weigh by their rows.
-    targets = (
-        [(loss * rows, None)]
-        if criterion.of == "loss"
-        else [(z.sum(), h) for z, h in recorded.logits_and_curvatures(rows)]
-    )
+    of_loss = criterion.of == "loss"
+    targets = [(loss * rows, None)] if of_loss else [(z.sum(), h) for z, h in recorded.logits_and_curvatures(rows)]
+    return loss.detach().double().reshape(()), _statistics(targets, taps, criterion)
+
+
+def _statistics(
+    targets: list[tuple[Tensor, None]] | list[tuple[Tensor, Tensor]], taps: list[Tap], criterion: Criterion
+) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """The criterion's statistics from the gradients of each target in every tapped output."""
     leaves = [leaf for tap in taps for leaf, _ in tap.outputs]
     for target, curvature in targets:
-        gradients = torch.autograd.grad(
-            target, leaves, retain_graph=len(targets) > 1, allow_unused=True, materialize_grads=True
-        )
-        position = 0
+        found = iter(torch.autograd.grad(target, leaves, retain_graph=True, allow_unused=True, materialize_grads=True))
         for tap in taps:
-            own = list(gradients[position : position + len(tap.outputs)])
-            position += len(tap.outputs)
-            for table, contribution in (tap.contributions(own) if own else {}).items():
+            gradients = list(islice(found, len(tap.outputs)))
+            for table, contribution in (tap.contributions(gradients) if gradients else {}).items():
                 yield (tap.path, table), criterion.statistic(contribution, curvature)
 
 

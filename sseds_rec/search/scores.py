@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,10 @@ class DimensionScores(Mapping[str, Tensor]):
         """Writes one float64 array [D] per table, as `.npz`, atomically."""
 
         def write(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                np.savez(file, **{name: values.numpy() for name, values in self.items()})  # type: ignore[arg-type]
+            # Not np.savez: it takes the names as keyword arguments, of which "file" is its own.
+            with zipfile.ZipFile(temporary, "w") as archive:
+                for name, values in self.items():
+                    with archive.open(f"{name}.npy", "w") as entry:
+                        np.lib.format.write_array(entry, values.numpy())
 
         write_atomic(path, write)

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torchrec.distributed.types import LazyAwaitable
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from sseds_rec.distributed.tables import embedding_modules, table_configs
+from sseds_rec.distributed.tables import embedding_modules, kernels_uncounted, table_configs
 from sseds_rec.search.scores import Table
 
 
@@ -93,26 +92,15 @@ def tapped(model: nn.Module) -> Iterator[list[Tap]]:
     taps = [Tap(path, module, table_configs(module)) for path, module in embedding_modules(model).items()]
     modes = [(module, module.training) for module in model.modules()]
     handles = [tap.module.register_forward_hook(tap.hook) for tap in taps]
-    counters = [(kernel, kernel.step, kernel.iter.clone(), kernel.iter_cpu.clone()) for kernel in _kernels(model)]
     model.eval()
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
+        with kernels_uncounted(model), torch.random.fork_rng(devices=_cuda_devices(model)):
             yield taps
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes:
             module.training = training
-        for kernel, step, iteration, iteration_cpu in counters:
-            kernel.step, kernel.iter_cpu = step, iteration_cpu
-            kernel.iter.copy_(iteration)
-
-
-def _kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """The FBGEMM kernels of a sharded model: Adam's step count goes up in their *forward*, so it must be put back."""
-    for module in model.modules():
-        for lookup in getattr(module, "_lookups", []):
-            yield from (sub for sub in lookup.modules() if isinstance(sub, SplitTableBatchedEmbeddingBagsCodegen))
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -1,7 +1,8 @@
 """A checkpoint of the full model -> one of the slim model, column by column, on disk (DCP to DCP).
 
-Tables, and their optimizer state of the same shape, lose the columns that the plan drops; everything else is copied. One
-stored chunk is in memory at a time, whatever the size of the checkpoint, and no process group is needed.
+Tables, and their optimizer state of the same shape, lose the columns that the plan drops; everything else is copied. No
+process group is needed, and memory holds one stored chunk and its slim copy at a time: with table-wise sharding a chunk
+is a whole table.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from sseds_rec.distributed.checkpoint import read_checkpoint_metadata
 from sseds_rec.errors import UserError
 from sseds_rec.search.plan import DimensionPlan, TablePlan
 
@@ -77,32 +79,6 @@ def slim_checkpoint(src: str | Path, dst: str | Path, plan: DimensionPlan) -> Pa
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return dst
-
-
-def read_checkpoint_metadata(path: str | Path) -> Metadata:
-    """The metadata of a DCP checkpoint.
-
-    Raises:
-        UserError: the folder is missing or holds no readable checkpoint.
-    """
-    try:
-        return FileSystemReader(path).read_metadata()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no checkpoint here (.metadata is missing)") from None
-    except Exception as error:  # unpickling a damaged file can raise anything
-        raise UserError(
-            f"{path}: its .metadata cannot be read ({type(error).__name__}); restore the checkpoint"
-        ) from None
-
-
-def stored_shapes(path: str | Path) -> dict[str, list[int]]:
-    """Entry name -> shape of every tensor in a checkpoint.
-
-    Raises:
-        UserError: see `read_checkpoint_metadata`.
-    """
-    entries = read_checkpoint_metadata(path).state_dict_metadata
-    return {name: list(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def _entries_by_table(metadata: Metadata, plan: DimensionPlan) -> dict[str, str]:

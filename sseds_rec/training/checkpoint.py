@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 from torchrec.optim.keyed import KeyedOptimizer
 
+from sseds_rec.distributed.checkpoint import load_checkpoint, stored_shapes
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json, write_json
-from sseds_rec.slim.checkpoint import read_checkpoint_metadata, stored_shapes
 
 _PROGRESS = "progress.json"
 
@@ -40,7 +40,7 @@ class Progress(BaseModel):
     step: int = 0
     epoch: int = 0
     loader: dict[str, Any] = {}
-    best_auc: float = 0.0
+    best_auc: float = -1.0
     best_step: int = -1
     bad_epochs: int = 0
     seconds: float = 0.0
@@ -71,38 +71,42 @@ class CheckpointStore:
         """Writes a checkpoint of this step, and then removes all but it and the best one."""
         target = self.path(progress.step)
         temporary = target.with_name(f".{target.name}.tmp")
-        if self.runtime.is_main:
+
+        def begin() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        self.runtime.barrier()
-        dcp.save(_state(model, optimizer, self.runtime), checkpoint_id=temporary)
-        if self.runtime.is_main:
+
+        def publish() -> None:
             write_json(temporary / _PROGRESS, progress.model_dump())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
             for step in self.steps():
                 if step not in (progress.step, progress.best_step):
                     shutil.rmtree(self.path(step))
-        self.runtime.barrier()
+
+        self.runtime.on_main(begin)
+        dcp.save(_state(model, optimizer, self.runtime), checkpoint_id=temporary)
+        self.runtime.on_main(publish)
 
     def load(self, step: int, model: nn.Module, optimizer: KeyedOptimizer) -> Progress:
-        """Restores model, optimizer and random state in place; the number of ranks may have changed."""
+        """Restores model, optimizer and random state in place; between epochs the number of ranks may have changed."""
         return load_training_state(self.path(step), model, optimizer, self.runtime)
 
 
 def load_training_state(path: Path, model: nn.Module, optimizer: KeyedOptimizer, runtime: Runtime) -> Progress:
     """Restores everything that `CheckpointStore.save` wrote."""
-    stored = read_checkpoint_metadata(path).state_dict_metadata
     optimizer.init_state()
     state = _state(model, optimizer, runtime)
-    if not set(state["rng"]) <= {name.removeprefix("rng.") for name in stored if name.startswith("rng.")}:
+    if not {f"rng.{name}" for name in state["rng"]} <= set(stored_shapes(path)):
         del state["rng"]  # another number of ranks: new ranks go on with their own seed
-    dcp.load(state, checkpoint_id=path)
+    load_checkpoint(state, path)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    progress = Progress.model_validate(read_json(path / _PROGRESS))
+    optimizer.set_optimizer_step(progress.step)  # fused Adam's own count is in no state dict
     if "rng" in state:
-        torch.set_rng_state(state["rng"][f"rank{runtime.rank}"])
-    return Progress.model_validate(read_json(path / _PROGRESS))
+        _set_rng(state["rng"], runtime)
+    return progress
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -119,10 +123,18 @@ def load_weights(path: Path, model: nn.Module) -> None:
             raise UserError(
                 f"{path}: {name} is {list(tensor.shape)} in the model, the checkpoint holds {held or 'nothing'}"
             )
-    dcp.load({"model": state}, checkpoint_id=path)
+    load_checkpoint({"model": state}, path)
     model.load_state_dict(state)
 
 
 def _state(model: nn.Module, optimizer: KeyedOptimizer, runtime: Runtime) -> dict[str, Any]:
     rng = {f"rank{runtime.rank}": torch.get_rng_state()}
+    if runtime.device.type == "cuda":
+        rng[f"rank{runtime.rank}_cuda"] = torch.cuda.get_rng_state(runtime.device)
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng}
+
+
+def _set_rng(rng: dict[str, Tensor], runtime: Runtime) -> None:
+    torch.set_rng_state(rng[f"rank{runtime.rank}"])
+    if runtime.device.type == "cuda":
+        torch.cuda.set_rng_state(rng[f"rank{runtime.rank}_cuda"], runtime.device)

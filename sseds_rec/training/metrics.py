@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from sseds_rec.data.loader import Batch
 from sseds_rec.distributed.runtime import Runtime
+from sseds_rec.distributed.tables import kernels_uncounted
 from sseds_rec.errors import UserError
 
 
@@ -42,7 +43,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> Me
     was_training = model.training
     model.eval()
     try:
-        outputs = [model(batch.to(runtime.device))[1][1:] for batch in batches]
+        with kernels_uncounted(model):
+            outputs = [model(batch.to(runtime.device))[1][1:] for batch in batches]
     finally:
         model.train(was_training)
     logits = runtime.gather_rows(torch.cat([logits for logits, _ in outputs])).cpu().double()

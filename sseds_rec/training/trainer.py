@@ -37,10 +37,10 @@ class TrainConfig(BaseModel):
         checkpoint_steps: steps between checkpoints; null for one an epoch.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    epochs: int = Field(10, ge=1)
-    batch_size: int = Field(2048, ge=1)
+    epochs: int = Field(10, ge=1, strict=True)
+    batch_size: int = Field(2048, ge=1, strict=True)
     learning_rate: float = Field(1e-3, gt=0)
     table_optimizer: TableOptimizer = "adam"
     table_learning_rate: float | None = Field(None, gt=0)
@@ -79,6 +79,7 @@ class Trainer:
         runtime: Runtime,
     ) -> None:
         self.model, self.optimizer, self.loaders, self.config, self.runtime = model, optimizer, loaders, config, runtime
+        self.section = "train" if folder.name == "pretrain" else folder.name
         self.checkpoints = CheckpointStore(folder / "checkpoints", runtime)
         self.progress = Progress()
         self.reporter = StepReporter(folder.name, runtime.is_main)
@@ -145,8 +146,8 @@ class Trainer:
         if len(bad):
             step = self.progress.step - len(losses) + int(bad[0]) + 1
             raise UserError(
-                f"the loss is {float(values[bad[0]])} at step {step} with train.learning_rate={self.config.learning_rate:g}; "
-                "lower the learning rate"
+                f"the loss is {float(values[bad[0]])} at step {step} with {self.section}.learning_rate="
+                f"{self.config.learning_rate:g}; lower it"
             )
         rate = len(losses) * self.config.batch_size / seconds
         self.reporter.step(done, float(values.mean()), rate)
