@@ -1,7 +1,6 @@
 """Read what a run left on disk, as plain Python and numpy, with one clear line when something is missing or odd.
 
-The report depends on the files of the run directory only: it can be written on another machine, long after the
-run, without torch installed.
+The report depends on the files of the run directory only: it can be written on another machine, long after the run.
 """
 
 import json

@@ -102,6 +102,8 @@ def _training_state(model: DistributedModelParallel, dense: torch.optim.Optimize
     fused = model.fused_optimizer.state_dict()["state"]
     state += [value for _, entries in sorted(fused.items()) for _, value in sorted(entries.items())]
     state += [value for entries in dense.state_dict()["state"].values() for value in entries.values()]
+    lookups = [lookup for module in model.modules() for lookup in getattr(module, "_lookups", [])]
+    state += [m.iter.clone() for lookup in lookups for m in lookup.modules() if hasattr(m, "iter_cpu")]
     local = [shard.tensor for v in state for shard in (v.local_shards() if hasattr(v, "local_shards") else [])]
     plain = [v for v in state if isinstance(v, Tensor) and not hasattr(v, "local_shards")]
     return [*local, *plain, *(p.grad for p in dense.param_groups[0]["params"])]
