@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,7 +26,7 @@ from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.saliency import score_dimensions
 from sseds_rec.search.scores import Table
 from sseds_rec.slim.checkpoint import slim_checkpoint
-from sseds_rec.training.checkpoint import load_weights
+from sseds_rec.training.checkpoint import load_weights, save_weights
 from sseds_rec.training.metrics import evaluate
 from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer, placement_for
 from sseds_rec.training.trainer import Loaders, TrainConfig, Trainer
@@ -191,9 +189,8 @@ class Pipeline:
         loaders = Loaders(self._loader("train", shuffle=True, drop_last=True), self._loader("validation"))
         trainer = Trainer(sharded, optimizer, loaders, train, folder, self.runtime)
         progress = trainer.fit()
-        best = trainer.checkpoints.path(progress.best_step)
-        self.runtime.on_main(lambda: _keep(best, folder / "checkpoint"))
-        load_weights(folder / "checkpoint", sharded)
+        load_weights(trainer.checkpoints.path(progress.best_step), sharded)
+        save_weights(folder / "checkpoint", sharded, self.runtime)
         metrics = {
             **self._test(sharded),
             "validation_auc": progress.best_auc,
@@ -255,20 +252,3 @@ def parameter_counts(model: DistributedModelParallel) -> dict[str, int]:
 
 def _table_rate(train: TrainConfig) -> float:
     return train.learning_rate if train.table_learning_rate is None else train.table_learning_rate
-
-
-def _keep(source: Path, target: Path) -> None:
-    """Makes `target` a copy of a checkpoint, by links, unless an earlier, killed attempt did."""
-    if target.exists():
-        return
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, copy_function=_link_or_copy)
-    os.replace(temporary, target)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)

@@ -69,24 +69,14 @@ class CheckpointStore:
 
     def save(self, model: nn.Module, optimizer: KeyedOptimizer, progress: Progress) -> None:
         """Writes a checkpoint of this step, and then removes all but it and the best one."""
-        target = self.path(progress.step)
-        temporary = target.with_name(f".{target.name}.tmp")
+        state = _state(model, optimizer, self.runtime)
+        _save(self.path(progress.step), state, self.runtime, {_PROGRESS: progress.model_dump()})
+        self.runtime.on_main(lambda: self._keep_only(progress.step, progress.best_step))
 
-        def begin() -> None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-
-        def publish() -> None:
-            write_json(temporary / _PROGRESS, progress.model_dump())
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-            for step in self.steps():
-                if step not in (progress.step, progress.best_step):
-                    shutil.rmtree(self.path(step))
-
-        self.runtime.on_main(begin)
-        dcp.save(_state(model, optimizer, self.runtime), checkpoint_id=temporary)
-        self.runtime.on_main(publish)
+    def _keep_only(self, *wanted: int) -> None:
+        for step in self.steps():
+            if step not in wanted:
+                shutil.rmtree(self.path(step))
 
     def load(self, step: int, model: nn.Module, optimizer: KeyedOptimizer) -> Progress:
         """Restores model, optimizer and random state in place; between epochs the number of ranks may have changed."""
@@ -109,6 +99,11 @@ def load_training_state(path: Path, model: nn.Module, optimizer: KeyedOptimizer,
     return progress
 
 
+def save_weights(path: Path, model: nn.Module, runtime: Runtime) -> None:
+    """Writes a checkpoint of the model's weights alone; replaces what is there."""
+    _save(path, {"model": model.state_dict()}, runtime, {})
+
+
 def load_weights(path: Path, model: nn.Module) -> None:
     """Loads a checkpoint's model weights, saved under any sharding, into a sharded model.
 
@@ -125,6 +120,25 @@ def load_weights(path: Path, model: nn.Module) -> None:
             )
     load_checkpoint({"model": state}, path)
     model.load_state_dict(state)
+
+
+def _save(target: Path, state: dict[str, Any], runtime: Runtime, beside: dict[str, Any]) -> None:
+    """Writes a checkpoint, and JSON files beside it, under a temporary name, and renames it; all ranks call it."""
+    temporary = target.with_name(f".{target.name}.tmp")
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def publish() -> None:
+        for name, content in beside.items():
+            write_json(temporary / name, content)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+
+    runtime.on_main(begin)
+    dcp.save(state, checkpoint_id=temporary)
+    runtime.on_main(publish)
 
 
 def _state(model: nn.Module, optimizer: KeyedOptimizer, runtime: Runtime) -> dict[str, Any]:
