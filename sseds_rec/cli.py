@@ -124,7 +124,7 @@ def train(
     config: ConfigFile, overrides: Overrides = None, run_dir: RunDir = None, rerun: Rerun = False, as_json: Json = False
 ) -> None:
     """Pretrain the full model."""
-    _run_stages("train", load_config(config, overrides), run_dir, ("pretrain",), "pretrain" if rerun else None, as_json)
+    _run_stage("pretrain", load_config(config, overrides), run_dir, rerun, as_json)
 
 
 @app.command()
@@ -137,9 +137,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Score the pretrained model's columns and allocate the budget: saliency.npz, plan.json."""
-    _run_stages(
-        "search", load_config(config, overrides, paper), run_dir, ("search",), "search" if rerun else None, as_json
-    )
+    _run_stage("search", load_config(config, overrides, paper), run_dir, rerun, as_json)
 
 
 @app.command()
@@ -152,7 +150,7 @@ def slim(
     as_json: Json = False,
 ) -> None:
     """Gather the plan's columns into a slim checkpoint, and measure it before retraining."""
-    _run_stages("slim", load_config(config, overrides, paper), run_dir, ("slim",), "slim" if rerun else None, as_json)
+    _run_stage("slim", load_config(config, overrides, paper), run_dir, rerun, as_json)
 
 
 @app.command()
@@ -165,9 +163,7 @@ def retrain(
     as_json: Json = False,
 ) -> None:
     """Train the slim model from the winning ticket."""
-    _run_stages(
-        "retrain", load_config(config, overrides, paper), run_dir, ("retrain",), "retrain" if rerun else None, as_json
-    )
+    _run_stage("retrain", load_config(config, overrides, paper), run_dir, rerun, as_json)
 
 
 @app.command()
@@ -256,6 +252,11 @@ def _pipeline(
             pipeline.run.require(verb, needs)
         pipeline.run.open(config, place, rerun_from)
         yield pipeline, place.is_main
+
+
+def _run_stage(stage: Stage, config: Config, run_dir: Path | None, rerun: bool, as_json: bool) -> None:
+    verb = "train" if stage == "pretrain" else stage
+    _run_stages(verb, config, run_dir, (stage,), stage if rerun else None, as_json)
 
 
 def _run_stages(

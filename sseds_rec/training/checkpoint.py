@@ -80,23 +80,19 @@ class CheckpointStore:
 
     def load(self, step: int, model: nn.Module, optimizer: KeyedOptimizer) -> Progress:
         """Restores model, optimizer and random state in place; between epochs the number of ranks may have changed."""
-        return load_training_state(self.path(step), model, optimizer, self.runtime)
-
-
-def load_training_state(path: Path, model: nn.Module, optimizer: KeyedOptimizer, runtime: Runtime) -> Progress:
-    """Restores everything that `CheckpointStore.save` wrote."""
-    optimizer.init_state()
-    state = _state(model, optimizer, runtime)
-    if not {f"rng.{name}" for name in state["rng"]} <= set(stored_shapes(path)):
-        del state["rng"]  # another number of ranks: new ranks go on with their own seed
-    load_checkpoint(state, path)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    progress = Progress.model_validate(read_json(path / _PROGRESS))
-    optimizer.set_optimizer_step(progress.step)  # fused Adam's own count is in no state dict
-    if "rng" in state:
-        _set_rng(state["rng"], runtime)
-    return progress
+        path = self.path(step)
+        optimizer.init_state()
+        state = _state(model, optimizer, self.runtime)
+        if not {f"rng.{name}" for name in state["rng"]} <= set(stored_shapes(path)):
+            del state["rng"]  # another number of ranks: new ranks go on with their own seed
+        load_checkpoint(state, path)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        progress = Progress.model_validate(read_json(path / _PROGRESS))
+        optimizer.set_optimizer_step(progress.step)  # fused Adam's own count is in no state dict
+        if "rng" in state:
+            _set_rng(state["rng"], self.runtime)
+        return progress
 
 
 def save_weights(path: Path, model: nn.Module, runtime: Runtime) -> None:
