@@ -1,14 +1,50 @@
-"""Files that are either the old version or the new one, never half of one."""
+"""Files: read from wherever iopath knows the way to, written whole or not at all."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from iopath.common.file_io import g_pathmgr
 
 from sseds_rec.errors import UserError
+
+
+def open_file(path: str | Path) -> IO[bytes]:
+    """Opens a file for reading bytes: local, or of a store whose handler is registered with iopath's `g_pathmgr`."""
+    return g_pathmgr.open(str(path), "rb")
+
+
+def join(folder: str | Path, *names: str) -> str:
+    """A path below a folder. (A `Path` would turn `store://bucket` into `store:/bucket`.)"""
+    return os.path.join(str(folder), *names)
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is a file or folder of this path."""
+    return g_pathmgr.exists(str(path))
+
+
+def register_stores() -> None:
+    """Imports the modules that the environment variable `SSEDS_STORES` names; they register handlers with `g_pathmgr`.
+
+    Raises:
+        UserError: one of them cannot be imported.
+    """
+    for module in filter(None, os.environ.get("SSEDS_STORES", "").split(",")):
+        try:
+            importlib.import_module(module.strip())
+        except ImportError as error:
+            raise UserError(f"SSEDS_STORES={module.strip()}: cannot be imported ({error})") from None
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether the path is one of this machine's file system."""
+    return "://" not in str(path)
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -41,7 +77,8 @@ def read_json(path: str | Path) -> Any:
         UserError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            return json.loads(file.read().decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
