@@ -9,15 +9,51 @@ Example::
     slim = sr.slim(model, plan)
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from sseds_rec import _fbgemm
 
-_fbgemm.check()  # before anything imports TorchRec
+_fbgemm.check_builds()
 
-from sseds_rec.errors import UserError
-from sseds_rec.search.allocate import Budget, allocate
-from sseds_rec.search.plan import DimensionPlan
-from sseds_rec.search.saliency import score_dimensions
-from sseds_rec.slim.checkpoint import slim_checkpoint
-from sseds_rec.slim.surgery import slim
+if TYPE_CHECKING:
+    from sseds_rec.errors import UserError
+    from sseds_rec.search.allocate import Budget, allocate
+    from sseds_rec.search.plan import DimensionPlan
+    from sseds_rec.search.saliency import score_dimensions
+    from sseds_rec.slim.checkpoint import slim_checkpoint
+    from sseds_rec.slim.surgery import slim
 
 __all__ = ["Budget", "DimensionPlan", "UserError", "allocate", "score_dimensions", "slim", "slim_checkpoint"]
+
+_HOMES = {
+    "Budget": "search.allocate",
+    "DimensionPlan": "search.plan",
+    "UserError": "errors",
+    "allocate": "search.allocate",
+    "score_dimensions": "search.saliency",
+    "slim": "slim.surgery",
+    "slim_checkpoint": "slim.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, and TorchRec with it: seconds that preparing data and `--help` do without."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    """`sseds_rec.slim` is the function; the import system would put the subpackage of that name in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -4,6 +4,7 @@ The CPU build (distribution `fbgemm-gpu-cpu`) and the CUDA build (`fbgemm-gpu`) 
 each release is compiled against one torch. A mixed or mismatched set shows itself as a page of undefined symbols.
 """
 
+import functools
 import logging
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -24,20 +25,33 @@ class InstallError(UserError, ImportError):
     """TorchRec's kernels are missing, mixed or mismatched; the message says what to run."""
 
 
+def check_builds() -> None:
+    """Looks at what is installed, without loading any of it.
+
+    Raises:
+        InstallError: One of torchrec and fbgemm is missing, both builds of fbgemm are installed, or its release is not
+            torchrec's.
+    """
+    _raise_if(_build_problem())
+
+
+@functools.cache
 def check() -> None:
     """Loads fbgemm; to be called before TorchRec is imported.
 
     Raises:
-        InstallError: One of torchrec and fbgemm is missing, both builds of fbgemm are installed, its release is not
-            torchrec's, or its libraries do not load.
+        InstallError: See `check_builds`; or fbgemm's libraries do not load.
     """
-    problem = _problem()
+    _raise_if(_build_problem() or _load_problem())
+
+
+def _raise_if(problem: str | None) -> None:
     if problem:
         _print_without_traceback()
         raise InstallError(f"{problem}; {_FIX}")
 
 
-def _problem() -> str | None:
+def _build_problem() -> str | None:
     builds = {name: v for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if (v := _version(name))}
     if len(builds) > 1:
         found = " and ".join(f"{name} {v}" for name, v in builds.items())
@@ -50,7 +64,7 @@ def _problem() -> str | None:
     for name, v in builds.items():
         if torchrec and v.split(".")[:2] != torchrec.split(".")[:2]:
             return f"{name} {v} does not belong to torchrec {torchrec}"
-    return _load_problem()
+    return None
 
 
 def _load_problem() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from typing import Any
@@ -36,3 +37,9 @@ def print_comparison(base: dict[str, Any], slim: dict[str, Any]) -> None:
     ):
         table.add_row(label, f"{base[key]:,.0f}", f"{slim[key]:,.0f}", f"x{slim[key] / base[key]:.3f}")
     console.print(table)
+
+
+def print_json(wanted: bool, line: dict[str, Any]) -> None:
+    """The machine-readable last line of a verb, if it is wanted."""
+    if wanted:
+        print(json.dumps(line))

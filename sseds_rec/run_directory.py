@@ -7,7 +7,7 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -15,10 +15,7 @@ from sseds_rec.config import Config, changed_keys, load_config
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json, write_json
-
-#: In order: each reads only what those before it wrote.
-Stage = Literal["pretrain", "search", "slim", "retrain", "report"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
+from sseds_rec.stages import STAGES
 
 #: Config section -> the first stage that it changes; sections that are not here change no result.
 _FIRST_STAGE = {"seed": 0, "data": 0, "model": 0, "sharding": 0, "train": 0, "search": 1, "retrain": 3}

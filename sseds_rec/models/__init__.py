@@ -1,5 +1,9 @@
 """Models over a KeyedTensor of embeddings. Importing the package registers them."""
 
+from sseds_rec import _fbgemm
+
+_fbgemm.check()  # before anything imports TorchRec
+
 from sseds_rec.models import deepfm
 from sseds_rec.models.ctr import CtrModel, build_model, build_slim_model, plan_for, rows_of, table_names
 from sseds_rec.models.registry import MODELS, ModelConfig
