@@ -10,9 +10,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from sseds_rec.data.config import FORMATS, DataConfig
 from sseds_rec.distributed.sharding import ShardingConfig
 from sseds_rec.errors import UserError
-from sseds_rec.files import write_text
+from sseds_rec.files import open_file, write_text
 from sseds_rec.models.registry import ModelConfig
 from sseds_rec.search.allocate import Budget, Order
 from sseds_rec.search.criteria import CRITERIA
@@ -21,12 +22,6 @@ from sseds_rec.training.trainer import TrainConfig
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class DataConfig(_Section):
-    """The `data` section: `path`, the folder that `sseds prepare` wrote."""
-
-    path: Path
 
 
 class SearchConfig(_Section):
@@ -115,7 +110,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None, paper: boo
             a value that the key does not take.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        with open_file(path) as file:
+            tree = yaml.safe_load(file.read().decode("utf-8")) or {}
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -160,12 +156,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    loc = [str(part) for part in first["loc"]]
-    key = ".".join(loc)
+    keys, section = _keys_and_section(first["loc"])
+    key = ".".join(keys)
     if first["type"] == "extra_forbidden":
-        valid = _keys_at(loc[:-1])
-        near = difflib.get_close_matches(loc[-1], valid, n=1, cutoff=0.4)
-        hint = f"did you mean {'.'.join([*loc[:-1], near[0]])}?" if near else f"valid keys: {', '.join(valid)}"
+        valid = list(section.model_fields)
+        near = difflib.get_close_matches(keys[-1], valid, n=1, cutoff=0.4)
+        hint = f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"valid keys: {', '.join(valid)}"
         return f"unknown key {key}; {hint}"
     if first["type"] == "missing":
         return f"{key} is missing; set it in the file or as {key}=..."
@@ -174,11 +170,22 @@ def _explain(error: ValidationError) -> str:
     return f"{key}{shown}: {first['msg'].removeprefix('Value error, ')}"
 
 
-def _keys_at(loc: list[str]) -> list[str]:
-    model: type[BaseModel] = Config
+def _keys_and_section(loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
+    """The keys that lead to an error, and the section in which the last but one of them is."""
+    keys: list[str] = []
+    section: type[BaseModel] = Config
+    inside: Any = Config  # what the keys so far lead to
     for part in loc:
-        model = typing.cast("type[BaseModel]", model.model_fields[part].annotation)
-    return list(model.model_fields)
+        if keys == ["data"] and not isinstance(inside, type):
+            inside = FORMATS[str(part)]  # of the union, pydantic names the format that it chose
+            continue
+        keys.append(str(part))
+        if isinstance(inside, type) and issubclass(inside, BaseModel):
+            section = inside
+            inside = inside.model_fields[str(part)].annotation if part in inside.model_fields else None
+        else:
+            inside = (typing.get_args(inside) or (None,))[-1]  # of dict[str, X] or list[X]
+    return keys, section
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,8 +11,9 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from sseds_rec.config import Config
+from sseds_rec.data.dataset import open_dataset
 from sseds_rec.data.loader import Loader
-from sseds_rec.data.schema import Schema, SplitName
+from sseds_rec.data.schema import SplitName
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import shard
 from sseds_rec.errors import UserError
@@ -49,7 +50,8 @@ class Pipeline:
 
     def __init__(self, config: Config, run: RunDirectory, runtime: Runtime) -> None:
         self.config, self.run, self.runtime = config, run, runtime
-        self.schema = Schema.load(config.data.path)
+        self.dataset = runtime.from_main(lambda: open_dataset(config.data))
+        self.schema = self.dataset.schema
         self.placement = placement_for(config.train.table_optimizer, config.sharding.type, runtime.device)
         if config.train.batch_size % runtime.world_size:
             raise UserError(
@@ -72,11 +74,19 @@ class Pipeline:
             )
         held_out: tuple[SplitName, ...] = ("validation", "test")
         for split in held_out:
+            if not schema.splits[split].rows:
+                raise UserError(f"{config.data.path}: the {split} split is empty; prepare a set with all three splits")
             if not 0 < schema.splits[split].positives < schema.splits[split].rows:
                 raise UserError(
                     f"{config.data.path}: the labels of the {split} split are all the same, so AUC is undefined; "
                     "split the data again"
                 )
+        raw = [field.name for field in schema.sparse_fields if field.transform == "raw"]
+        if raw and self.placement == "data_parallel":
+            raise UserError(
+                f"field {raw[0]}: its ids are raw, and TorchRec splits tables of such ids by rows under fused optimizers, of which "
+                "Adam is not on a CPU; set train.table_optimizer=rowwise_adagrad and sharding.type=auto"
+            )
         names = table_names(schema)
         tables = {
             names[field.name]: Table(rows_of(field), config.model.embedding_dim) for field in schema.sparse_fields
@@ -217,7 +227,7 @@ class Pipeline:
 
     def _loader(self, split: SplitName, shuffle: bool = False, drop_last: bool = False) -> Loader:
         return Loader(
-            self.config.data.path,
+            self.dataset,
             split,
             self.batch_size,
             rank=self.runtime.rank,
@@ -225,6 +235,7 @@ class Pipeline:
             seed=self.config.seed,
             shuffle=shuffle,
             drop_last=drop_last,
+            pin_memory=self.runtime.device.type == "cuda",
         )
 
     def _plan(self) -> DimensionPlan:

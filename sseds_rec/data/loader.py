@@ -1,40 +1,41 @@
-"""Encoded Parquet to batches: sharded by rank, shuffled, resumable, read ahead in a thread."""
+"""A data set to batches: sharded by rank, shuffled, resumable, read ahead in a thread."""
 
 import functools
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from sseds_rec.data.ahead import read_ahead
 from sseds_rec.data.batch import Batch
-from sseds_rec.data.rows import RowGroups, Rows
-from sseds_rec.data.schema import SPLITS, Schema, SplitName
+from sseds_rec.data.dataset import Dataset, PreparedSet
+from sseds_rec.data.rows import Ragged, Rows
+from sseds_rec.data.schema import SPLITS, SplitName
 from sseds_rec.errors import UserError
 
 SHUFFLE_ROWS = 1 << 18
-
-T = TypeVar("T")
 
 
 class Loader:
     """Batches of one split for one rank.
 
-    An epoch is the split's row groups, one after the other, in an order drawn from seed and epoch if `shuffle`. Rank r
-    of W takes rows r·N/W to (r+1)·N/W of that sequence, reads only the row groups they touch, and shuffles them within
-    a buffer of a few row groups; no more is ever in memory. Every batch is a function of (seed, epoch, rank, position),
-    which is what makes resuming exact.
+    An epoch is the split's blocks (row groups, of a prepared set), one after the other, in an order drawn from seed and
+    epoch if `shuffle`. Rank r of W takes rows r·N/W to (r+1)·N/W of that sequence, reads only the blocks they touch, and
+    shuffles them within a buffer of a few blocks; no more is ever in memory. Every batch is a function of (seed, epoch,
+    rank, position), which is what makes resuming exact.
+
+    The rows of a prepared set lie in random order already. Where other tools left theirs in order, a buffer still mixes
+    blocks from all over the files, but the rows of one block meet in one buffer.
 
     All ranks get the same number of batches, so that collectives meet. With `drop_last` all of them are full; without,
     a rank's rows are divided evenly, sizes differing by at most one row. (At batch size 1, a rank that has a row more
     than the others takes it with another row: it must not have a batch more.)
 
     Args:
-        folder: A prepared set.
+        dataset: See `open_dataset`; a path is the folder of a prepared set.
         split: `train`, `validation` or `test`.
         batch_size: Rows of a batch on each rank.
         rank: This process.
@@ -43,6 +44,7 @@ class Loader:
         shuffle: Whether to shuffle.
         drop_last: Whether to leave out the rows that do not fill a batch.
         prefetch: Batches made ahead by a thread; 0 makes them in the caller's.
+        pin_memory: Whether to make batches in page-locked memory, from which copies to a GPU are asynchronous.
 
     Raises:
         UserError: The set is missing or damaged, or has too few rows for the ranks and batch size.
@@ -58,7 +60,7 @@ class Loader:
 
     def __init__(
         self,
-        folder: str | Path,
+        dataset: Dataset | str | Path,
         split: SplitName,
         batch_size: int,
         *,
@@ -68,24 +70,29 @@ class Loader:
         shuffle: bool = False,
         drop_last: bool = False,
         prefetch: int = 2,
+        pin_memory: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise UserError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: must be at least 1")
-        self.schema = Schema.load(folder)
+        if isinstance(dataset, str | Path):
+            dataset = PreparedSet(dataset)
+        self.schema = dataset.schema
         self.batch_size = batch_size
-        self._seed, self._shuffle, self._prefetch = seed, shuffle, prefetch
-        self._groups = RowGroups(folder, self.schema, split)
+        self._seed, self._shuffle, self._prefetch, self._pin_memory = seed, shuffle, prefetch, pin_memory
+        self._blocks = dataset.blocks(split)
 
-        rows = sum(self._groups.sizes)
+        rows = sum(self._blocks.sizes)
         if rows < world_size:
-            raise UserError(f"{folder}: the {split} split has {rows} rows, fewer than the {world_size} processes")
+            raise UserError(f"{dataset.path}: the {split} split has {rows} rows, fewer than the {world_size} processes")
         self._first, self._last = rank * rows // world_size, (rank + 1) * rows // world_size
         fewest, most = rows // world_size, -(-rows // world_size)
         self._starts = _batch_starts(self._last - self._first, fewest, most, batch_size, drop_last)
         if len(self) == 0:
-            raise UserError(f"{folder}: batch size {batch_size} is more than a process's {fewest} rows of {split}")
+            raise UserError(
+                f"{dataset.path}: batch size {batch_size} is more than a process's {fewest} rows of {split}"
+            )
 
         self._identity = {
             "split": split,
@@ -138,7 +145,7 @@ class Loader:
         start, self._resume_at = self._resume_at, 0
         self._handed_out = start
         make = functools.partial(self._batches, self._epoch, start)
-        for batch in _read_ahead(make, self._prefetch) if self._prefetch else make():
+        for batch in read_ahead(make, self._prefetch) if self._prefetch else make():
             self._handed_out += 1
             yield batch
 
@@ -156,24 +163,24 @@ class Loader:
 
     def _buffers(self, epoch: int, position: int) -> Iterator[tuple[int, Rows]]:
         """Buffers that end after `position`, each with the place of its first row in the rank's sequence."""
-        sizes = np.array(self._groups.sizes)
+        sizes = np.array(self._blocks.sizes)
         order = np.arange(len(sizes))
         if self._shuffle:
             order = np.random.default_rng([self._seed, epoch]).permutation(order)
         ends = sizes[order].cumsum()
-        pieces: list[tuple[int, int, int]] = []  # row group, first row, last row + 1
+        pieces: list[tuple[int, int, int]] = []  # block, first row, last row + 1
         first = held = 0
-        for group, end in zip(order.tolist(), ends.tolist(), strict=True):
-            begin = end - int(sizes[group])
+        for block, end in zip(order.tolist(), ends.tolist(), strict=True):
+            begin = end - int(sizes[block])
             low, high = max(self._first, begin), min(self._last, end)
             if low < high:
-                pieces.append((group, low - begin, high - begin))
+                pieces.append((block, low - begin, high - begin))
                 held += high - low
             is_full = held >= SHUFFLE_ROWS or not self._shuffle or end >= self._last
             if not is_full or not pieces:
                 continue
             if first + held > position:
-                rows = Rows.cat([self._groups.read(group).slice(low, high) for group, low, high in pieces])
+                rows = Rows.cat([self._blocks.read(block).slice(low, high) for block, low, high in pieces])
                 yield first, self._shuffled(rows, epoch, first) if self._shuffle else rows
             first, held, pieces = first + held, 0, []
             if end >= self._last:
@@ -184,22 +191,34 @@ class Loader:
         return rows.take(torch.from_numpy(order))
 
     def _collate(self, rows: Rows) -> Batch:
-        fields = self.schema.sparse_fields
+        sparse = KeyedJaggedTensor(keys=[field.name for field in self.schema.sparse_fields], **self._ids(rows))
+        batch = Batch(rows.dense.to(torch.float32), sparse, rows.labels.to(torch.float32))
+        return batch.pin_memory() if self._pin_memory else batch
+
+    def _ids(self, rows: Rows) -> dict[str, Tensor]:
+        """Values (int64), lengths (int32) and, in a weighted set, weights (float32) of all fields, one after the other."""
         ids = rows.ids.to(torch.int64)
-        if rows.sequences:
-            single, several, one = iter(ids), iter(rows.sequences), torch.ones(len(rows), dtype=torch.int32)
-            columns = []
-            for field in fields:
-                if field.kind == "sequence":
-                    sequence = next(several)
-                    columns.append((sequence.values.to(torch.int64), sequence.lengths.to(torch.int32)))
-                else:
-                    columns.append((next(single), one))
-            values, lengths = (torch.cat(column) for column in zip(*columns, strict=True))
-        else:
-            values, lengths = ids.reshape(-1), torch.ones(ids.numel(), dtype=torch.int32)
-        sparse = KeyedJaggedTensor(keys=[field.name for field in fields], values=values, lengths=lengths)
-        return Batch(dense=rows.dense.to(torch.float32), sparse=sparse, labels=rows.labels.to(torch.float32))
+        if not rows.ragged:
+            return {"values": ids.reshape(-1), "lengths": torch.ones(ids.numel(), dtype=torch.int32)}
+        single, ragged = iter(ids), iter(rows.ragged)
+        values, lengths, weights = [], [], []
+        for field in self.schema.sparse_fields:
+            if field.is_single:
+                values.append(next(single))
+                lengths.append(torch.ones(len(rows), dtype=torch.int32))
+                weights.append(torch.ones(len(rows)))
+            else:
+                several = next(ragged)
+                values.append(several.values.to(torch.int64))
+                lengths.append(several.lengths.to(torch.int32))
+                weights.append(_mean_weights(several) if several.weights is None else several.weights)
+        columns = {"values": torch.cat(values), "lengths": torch.cat(lengths)}
+        return columns | {"weights": torch.cat(weights)} if self.schema.is_weighted else columns
+
+
+def _mean_weights(field: Ragged) -> Tensor:
+    """1/length for each id: their weighted sum is the mean."""
+    return torch.repeat_interleave(field.lengths.to(torch.float32).reciprocal(), field.lengths)
 
 
 def _batch_starts(rows: int, fewest: int, most: int, batch_size: int, drop_last: bool) -> list[int]:
@@ -208,41 +227,3 @@ def _batch_starts(rows: int, fewest: int, most: int, batch_size: int, drop_last:
         return [batch * batch_size for batch in range(fewest // batch_size + 1)]
     count = min(-(-most // batch_size), fewest)
     return [batch * rows // count for batch in range(count + 1)]
-
-
-def _read_ahead(make: Callable[[], Iterator[T]], depth: int) -> Iterator[T]:
-    """Yields what `make()` does, made in a thread that stays up to `depth` items ahead and ends with this generator."""
-    ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(more: bool, item: T | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put((more, item), timeout=0.1)
-            except queue.Full:
-                pass
-
-    def work() -> None:
-        try:
-            for item in make():
-                put(True, item)
-                if stop.is_set():
-                    return
-            put(False, None)
-        except BaseException as error:  # whatever it is, it belongs to the consumer
-            put(False, error)
-
-    thread = threading.Thread(target=work, name="loader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            more, item = ready.get()
-            if more:
-                yield item  # type: ignore[misc]
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                return
-    finally:
-        stop.set()
-        thread.join()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from sseds_rec.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,18 +42,28 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
-    def on_main(self, action: Callable[[], object]) -> None:
-        """Runs `action` on the main rank while the others wait; all raise what it raises."""
-        failure: list[Exception | None] = [None]
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the main rank, while the others wait for it; all raise what it raises."""
+        answer: list[Any] = [None, None]  # value, failure
         if self.is_main:
             try:
-                action()
+                answer[0] = make()
             except Exception as error:
-                failure = [error]
+                answer[1] = error
         if self.world_size > 1:
-            dist.broadcast_object_list(failure)
-        if failure[0] is not None:
-            raise failure[0]
+            dist.broadcast_object_list(answer)
+        value, failure = answer
+        if failure is not None:
+            raise failure
+        return typing.cast("T", value)
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Runs `action` on the main rank while the others wait; all raise what it raises."""
+
+        def run() -> None:
+            action()
+
+        self.from_main(run)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks of a tensor of any shape, the same on all."""

@@ -44,7 +44,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], runtime: Runtime) -> Me
     model.eval()
     try:
         with kernels_uncounted(model):
-            outputs = [model(batch.to(runtime.device))[1][1:] for batch in batches]
+            outputs = [model(batch.to(runtime.device, non_blocking=True))[1][1:] for batch in batches]
     finally:
         model.train(was_training)
     logits = runtime.gather_rows(torch.cat([logits for logits, _ in outputs])).cpu().double()

@@ -116,7 +116,7 @@ class Trainer:
         with self.reporter.epoch(progress.epoch, self.config.epochs, first, len(loader)):
             for batch in loader:
                 self.optimizer.zero_grad()
-                loss, (reported, _, _) = self.model(batch.to(self.runtime.device))
+                loss, (reported, _, _) = self.model(batch.to(self.runtime.device, non_blocking=True))
                 loss.backward()
                 self.optimizer.step()
                 losses.append(reported)

@@ -5,7 +5,6 @@ import threading
 import time
 from collections import Counter
 
-import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
@@ -13,87 +12,53 @@ import torch
 from torchrec.streamable import Pipelineable
 
 from sseds_rec.data import loader as loader_module
-from sseds_rec.data import parts
+from sseds_rec.data import npy, parquet
+from sseds_rec.data.batch import Batch
+from sseds_rec.data.dataset import open_dataset
 from sseds_rec.data.loader import Loader
-from sseds_rec.data.prepare import prepare_table
-from sseds_rec.data.rows import RowGroups
+from sseds_rec.data.parquet import ParquetBlocks
 from sseds_rec.data.schema import Schema
 from sseds_rec.errors import UserError
+from tests.data import sets
+from tests.data.sets import ROWS, rows_of
 
-ROWS = 1003
+TRAIN = ROWS["train"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """1,003 train rows in 3 parts of 4 or fewer row groups; every row has its own id, and tags that follow from it."""
-    base = tmp_path_factory.mktemp("set")
-    generator = np.random.default_rng(0)
-    rows = ROWS + 20
-    pl.DataFrame(
-        {
-            "row": np.arange(rows),
-            "tags": [generator.choice(["a", "b", "c"], row % 4).tolist() for row in range(rows)],
-            "price": generator.exponential(10, rows),
-            "city": generator.choice(["Oslo", "Rome"], rows),
-            "part": ["train"] * ROWS + ["validation"] * 10 + ["test"] * 10,
-            "click": generator.integers(0, 2, rows),
-        }
-    ).write_parquet(base / "raw.parquet")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "PART_ROWS", 400)
-        patch.setattr(parts, "ROW_GROUP_ROWS", 100)
-        prepare_table(
-            [base / "raw.parquet"],
-            base / "set",
-            label="click",
-            categorical=["row", "city"],
-            numeric=["price"],
-            sequence=["tags"],
-            numeric_as="dense",
-            split_by="column:part",
-            min_count=1,
-        )
-    return base / "set"
+    path = tmp_path_factory.mktemp("plain")
+    sets.write("plain", path)
+    return path
+
+
+@pytest.fixture(scope="module", params=sets.KINDS)
+def opened(request, tmp_path_factory):
+    """A data set of every format, and its train rows."""
+    config, rows = sets.write(request.param, tmp_path_factory.mktemp(request.param))
+    return open_dataset(config), rows
 
 
 @pytest.fixture(autouse=True)
-def small_buffer(monkeypatch):
+def small_blocks(monkeypatch):
     monkeypatch.setattr(loader_module, "SHUFFLE_ROWS", 250)
+    monkeypatch.setattr(npy, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(parquet, "BLOCK_ROWS", 100)  # the foreign set's row groups are larger: they are read in pieces
+    monkeypatch.setattr(parquet, "_BATCH_ROWS", 30)
 
 
-def rows_of(batches):
-    """Every row as a tuple (row id, city, tags, price, label), in order."""
-    rows = []
-    for batch in batches:
-        columns = batch.sparse.to_dict()
-        tags = columns["tags"]
-        words = torch.split(tags.values(), tags.lengths().tolist())
-        single = (columns["row"].values().tolist(), columns["city"].values().tolist())
-        rest = ([tuple(word.tolist()) for word in words], batch.dense[:, 0].tolist(), batch.labels.tolist())
-        rows += zip(*single, *rest, strict=True)
-    return rows
-
-
-@pytest.fixture(scope="module")
-def stored(folder):
-    """The train rows on disk, read by another library."""
-    frame = pl.concat([pl.read_parquet(folder / file) for file in Schema.load(folder).splits["train"].files])
-    return [
-        (r, c, tuple(t), p, label) for label, r, c, p, t in frame.select("label", "row", "city", "price", "tags").rows()
-    ]
-
-
-@pytest.mark.parametrize("world_size", [1, 3, 7])
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 64), (3, 1), (3, 64), (7, 1), (7, 5000)])
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("batch_size", [1, 16, 64, 5000])
-def test_ranks_share_the_rows_and_take_equally_many_batches(folder, stored, world_size, shuffle, batch_size):
+def test_ranks_share_the_rows_and_take_equally_many_batches(opened, world_size, shuffle, batch_size):
+    dataset, stored = opened
     seen, lengths = [], set()
     for rank in range(world_size):
-        loader = Loader(folder, "train", batch_size, rank=rank, world_size=world_size, shuffle=shuffle)
+        loader = Loader(dataset, "train", batch_size, rank=rank, world_size=world_size, shuffle=shuffle)
         batches = list(loader)
         sizes = [len(batch.labels) for batch in batches]
         assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1 and max(sizes) <= batch_size + (batch_size == 1)
-        assert sum(sizes) in (ROWS // world_size, ROWS // world_size + 1)
+        assert sum(sizes) in (TRAIN // world_size, TRAIN // world_size + 1)
         lengths |= {len(loader), len(batches)}
         seen += rows_of(batches)
     assert len(lengths) == 1
@@ -102,50 +67,56 @@ def test_ranks_share_the_rows_and_take_equally_many_batches(folder, stored, worl
         assert seen == stored
 
 
-def test_drop_last_gives_full_batches_only(folder, stored):
+def test_drop_last_gives_full_batches_only(opened):
+    dataset, stored = opened
     seen = []
     for rank in range(3):
-        batches = list(Loader(folder, "train", 50, rank=rank, world_size=3, shuffle=True, drop_last=True))
+        batches = list(Loader(dataset, "train", 50, rank=rank, world_size=3, shuffle=True, drop_last=True))
         assert [len(batch.labels) for batch in batches] == [50] * 6
         seen += rows_of(batches)
-    assert len(set(seen)) == 900 and set(seen) <= set(stored)
+    assert len(seen) == 900 and not Counter(seen) - Counter(stored)
 
 
 def test_the_order_follows_from_seed_and_epoch(folder):
     def order(seed, epoch, prefetch=2):
         loader = Loader(folder, "train", 64, seed=seed, shuffle=True, prefetch=prefetch)
         loader.set_epoch(epoch)
-        return [row for row, *_ in rows_of(loader)]
+        return [ids[0] for _, _, ids, _ in rows_of(loader)]
 
     first = order(1, 0)
     assert first == order(1, 0) == order(1, 0, prefetch=0)
     others = [order(1, 1), order(2, 0)]
     assert all(sorted(other) == sorted(first) and other != first for other in others)
-    inside = [row for row, *_ in rows_of([next(iter(Loader(folder, "train", 64)))])]
+    inside = [ids[0] for _, _, ids, _ in rows_of([next(iter(Loader(folder, "train", 64)))])]
     for one in (first, *others):  # shuffled inside the buffer, not only by row group
         assert len(set(one[:64]) & set(inside)) < 40
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("stop", [0, 1, 5, "end"])
-def test_a_restored_loader_goes_on_with_the_rows_not_yet_seen(folder, world_size, stop):
+@pytest.mark.parametrize("stop", [0, 5, "end"])
+def test_a_restored_loader_goes_on_with_the_rows_not_yet_seen(opened, world_size, stop):
+    dataset, stored = opened
+    seen = []
     for rank in range(world_size):
         options = {"rank": rank, "world_size": world_size, "shuffle": True, "seed": 9}
-        whole = Loader(folder, "train", 32, **options)
+        whole = Loader(dataset, "train", 32, **options)
         whole.set_epoch(4)
         expected = rows_of(whole)
 
-        interrupted = Loader(folder, "train", 32, **options)
+        interrupted = Loader(dataset, "train", 32, **options)
         interrupted.set_epoch(4)
         stop_at = len(interrupted) if stop == "end" else stop
         before = rows_of(itertools.islice(interrupted, stop_at))
         state = interrupted.state_dict()
-        resumed = Loader(folder, "train", 32, **options)
+        resumed = Loader(dataset, "train", 32, **options)
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
         resumed.set_epoch(4)  # as a trainer does at the start of the epoch it is in
-        assert before + rows_of(resumed) == expected
+        after = rows_of(resumed)
+        assert before + after == expected
         assert rows_of(resumed) == expected  # only the first iteration is partial
+        seen += before + after
+    assert Counter(seen) == Counter(stored)
 
 
 def test_state_counts_what_was_handed_out_not_what_was_read_ahead(folder):
@@ -178,6 +149,15 @@ def test_batches_are_what_a_pipeline_takes(folder):
     assert batch.dense.dtype == batch.labels.dtype == torch.float32
     moved = batch.to(torch.device("meta"), non_blocking=True)
     assert {moved.dense.device.type, moved.sparse.values().device.type, moved.labels.device.type} == {"meta"}
+
+
+def test_batches_are_pinned_in_the_thread_that_makes_them(folder, monkeypatch):
+    threads = []
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: threads.append(threading.current_thread()) or batch)
+    batches = list(Loader(folder, "train", 500, pin_memory=True))
+    assert len(threads) == len(batches) == 3 and threading.current_thread() not in threads
+    list(Loader(folder, "train", 500))
+    assert len(threads) == 3
 
 
 def test_the_thread_ends_with_its_iterator(folder):
@@ -232,7 +212,9 @@ def at(row, column, value):
         (at(150, "label", pl.lit(2, pl.Int8)), "part-00001.parquet, row 150: label 2 is neither 0 nor 1"),
         (at(150, "city", None), "part-00001.parquet, row 150: 'city' is empty"),
         (lambda t: t.drop("city"), "part-00001.parquet: no column 'city'"),
-        (lambda t: t.cast({"city": pl.String}), "part-00001.parquet: column 'city' holds .*string"),
+        (lambda t: t.cast({"city": pl.String}), "part-00001.parquet: column 'city' holds .*string, not integers"),
+        (at(150, "price", pl.lit(float("nan"), pl.Float32)), "part-00001.parquet, row 150: 'price' is nan"),
+        (at(7, "tags", pl.lit([1, None], pl.List(pl.Int32))), "part-00001.parquet, row 7: 'tags' has an empty element"),
         (lambda t: t.head(50), "the train files hold 653 rows, schema.json says 1003"),
         (lambda t: None, "part-00001.parquet: no such file"),
     ],
@@ -256,9 +238,9 @@ def test_too_few_rows_are_refused_before_anything_hangs(folder):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_only_the_row_groups_that_are_needed_are_read(folder, monkeypatch, shuffle):
-    read, opened = RowGroups.read, []
-    monkeypatch.setattr(RowGroups, "read", lambda groups, index: opened.append(index) or read(groups, index))
-    sizes = Loader(folder, "train", 32)._groups.sizes  # 11 row groups of 100 rows or less
+    read, opened = ParquetBlocks.read, []
+    monkeypatch.setattr(ParquetBlocks, "read", lambda groups, index: opened.append(index) or read(groups, index))
+    sizes = Loader(folder, "train", 32)._blocks.sizes  # 11 row groups of 100 rows or less
 
     for rank in range(3):
         opened.clear()
