@@ -3,25 +3,31 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
+from iopath.common.file_io import g_pathmgr
 
-from sseds_rec.data.schema import FILE_NAME, SPLITS
+from sseds_rec.data.schema import FILE_NAME, SPLITS, SplitName
 from sseds_rec.errors import UserError
+from sseds_rec.files import exists, is_local, join
 
 PART_ROWS = 1 << 20
 ROW_GROUP_ROWS = 1 << 16
+OPEN_PARTS = 64  # that train rows are dealt to at a time
 
 
 @contextlib.contextmanager
 def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary sibling folder that becomes `output` when the block ends well, and vanishes when it does not.
+    """Yields a temporary folder that becomes `output` when the block ends well, and vanishes when it does not.
+
+    In a store registered with iopath, the files are copied one by one, `schema.json` last: without it, there is no set.
 
     Args:
         output: Must not exist, or be an empty folder, or with `overwrite` an earlier prepared set.
@@ -30,6 +36,10 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: `output` holds something else.
     """
+    if not is_local(output):
+        with _new_remote_folder(str(output), overwrite) as folder:
+            yield folder
+        return
     final = Path(output).absolute()
     if final.exists() and not final.is_dir():
         raise UserError(f"{output}: is a file; name a folder for the prepared set")
@@ -55,57 +65,108 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _new_remote_folder(output: str, overwrite: bool) -> Iterator[Path]:
+    marker = join(output, FILE_NAME)
+    if exists(marker):
+        if not overwrite:
+            raise UserError(f"{output}: holds a prepared set already; name a new folder, or ask to overwrite it")
+        g_pathmgr.rm(marker)
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+        files = sorted(path for path in Path(temporary).rglob("*") if path.is_file() and path.name != FILE_NAME)
+        for path in [*files, Path(temporary) / FILE_NAME]:
+            target = join(output, str(path.relative_to(temporary)))
+            g_pathmgr.mkdirs(os.path.dirname(target))
+            g_pathmgr.copy_from_local(str(path), target, overwrite=True)
+
+
 class PartWriter:
     """Sends every row to its part file; the train rows end up in random order.
 
-    A part is at most `PART_ROWS` rows, so that it can be shuffled in memory once it is complete. Train rows are
-    dealt to the parts at random and shuffled inside them: together a uniform permutation. The other splits
-    keep the order of the source.
+    A part is about `PART_ROWS` rows, so that it can be shuffled in memory once it is complete. Train rows are dealt at
+    random to the next `OPEN_PARTS` parts and shuffled inside them: a permutation that is random over all train rows, or
+    if they are more than `OPEN_PARTS` parts, over as many at a time. The other splits keep the order of the source.
+
+    Use it as a context manager; when the block ends well, all parts are complete.
 
     Args:
         folder: Where `train/`, `validation/` and `test/` are made.
-        split_of: Index into `SPLITS` of every row to come.
+        train_rows: How many there will be.
         seed: Of the order of the train rows.
+
+    Attributes:
+        files: Of each split, relative to the folder.
     """
 
-    def __init__(self, folder: Path, split_of: npt.NDArray[np.int8], seed: int) -> None:
-        self.folder, self.seed = folder, seed
-        self.files: dict[str, list[str]] = {}
-        self._part_of = np.empty(len(split_of), np.uint32)  # index into all files
-        first = 0
+    def __init__(self, folder: Path, train_rows: int, seed: int) -> None:
+        self.files: dict[SplitName, list[str]] = {split: [] for split in SPLITS}
+        self._folder, self._seed, self._train_parts = folder, seed, -(-train_rows // PART_ROWS)
+        self._deal = np.random.default_rng([seed, 0])
+        self._written = dict.fromkeys(SPLITS, 0)
+        self._finished = dict.fromkeys(SPLITS, 0)
+        # Parts are finished beside the encoding of the rows that follow; each takes the memory of a part, a few times.
+        self._finisher = ThreadPoolExecutor(2)
+        self._finishing: list[Future[None]] = []
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        if not failed:
+            for split in SPLITS:
+                self._finish(split, max(self._train_parts, -(-self._written[split] // PART_ROWS)))
+        self._finisher.shutdown(cancel_futures=bool(failed))
+        for done in self._finishing if not failed else []:
+            done.result()
+
+    def write(self, rows: pl.DataFrame, split_of: npt.NDArray[np.int8]) -> None:
+        """Takes the next rows of the source, and the index into `SPLITS` of each."""
         for index, split in enumerate(SPLITS):
-            mine = split_of == index
-            parts = np.arange(mine.sum()) // PART_ROWS
-            if split == "train":
-                np.random.default_rng([seed, 0]).shuffle(parts)
-            self._part_of[mine] = first + parts
-            count = int(parts.max()) + 1
-            self.files[split] = [f"{split}/part-{part:05d}.parquet" for part in range(count)]
-            first += count
-        self._row = 0
-        self._open: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
+            mine = np.flatnonzero(split_of == index)
+            if not len(mine):
+                continue
+            numbers = self._written[split] + np.arange(len(mine))
+            part_of = self._dealt(numbers) if split == "train" else numbers // PART_ROWS
+            order = part_of.argsort(kind="stable")
+            table = rows[mine[order]].to_arrow()
+            parts, starts = np.unique(part_of[order], return_index=True)
+            for part, start, stop in zip(parts, starts, [*starts[1:], len(mine)], strict=True):
+                raw = self._raw(split, part)
+                raw.parent.mkdir(exist_ok=True)
+                with open(raw, "ab") as file, pa.ipc.new_stream(file, table.schema) as stream:
+                    stream.write_table(table.slice(start, stop - start))
+            self._written[split] += len(mine)
+            together = OPEN_PARTS if split == "train" else 1
+            self._finish(split, self._written[split] // (together * PART_ROWS) * together)
 
-    def write(self, rows: pl.DataFrame) -> None:
-        """Takes the next rows of the source."""
-        part_of = pl.Series("", self._part_of[self._row : self._row + rows.height])
-        self._row += rows.height
-        for (part,), mine in rows.with_columns(part_of).partition_by("", as_dict=True, include_key=False).items():
-            table = mine.to_arrow()
-            if part not in self._open:
-                self._open[part] = pa.ipc.new_stream(str(self.folder / f"{part}.arrow"), table.schema)
-            self._open[part].write_table(table)
+    def _dealt(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        first = numbers // (OPEN_PARTS * PART_ROWS) * OPEN_PARTS
+        open_parts = np.minimum(self._train_parts - first, OPEN_PARTS)
+        return first + (self._deal.random(len(numbers)) * open_parts).astype(np.int64)
 
-    def close(self) -> None:
-        """Turns what was collected into Parquet files."""
-        for part, name in enumerate(name for names in self.files.values() for name in names):
-            self._open.pop(part).close()
-            raw = self.folder / f"{part}.arrow"
-            with pa.ipc.open_stream(str(raw)) as stream:
-                table = stream.read_all()
-            if name in self.files["train"]:
-                table = table.take(np.random.default_rng([self.seed, 1, part]).permutation(len(table)))
-            target = self.folder / name
-            target.parent.mkdir(exist_ok=True)
-            # dictionary pages and LZ4 decode faster than anything else that is not twice the size
-            pq.write_table(table.combine_chunks(), target, row_group_size=ROW_GROUP_ROWS, compression="lz4")
-            raw.unlink()
+    def _finish(self, split: SplitName, complete: int) -> None:
+        """Starts to turn parts before number `complete` into Parquet files."""
+        for part in range(self._finished[split], complete):
+            if self._raw(split, part).exists():
+                self.files[split].append(f"{split}/part-{part:05d}.parquet")
+                self._finishing.append(self._finisher.submit(self._write_parquet, split, part))
+        self._finished[split] = max(self._finished[split], complete)
+
+    def _write_parquet(self, split: SplitName, part: int) -> None:
+        raw = self._raw(split, part)
+        tables = []
+        with open(raw, "rb") as file:
+            while file.tell() < raw.stat().st_size:
+                with pa.ipc.open_stream(file) as stream:
+                    tables.append(stream.read_all())
+        rows = pl.DataFrame(pl.from_arrow(pa.concat_tables(tables)))
+        if split == "train":
+            rows = rows[np.random.default_rng([self._seed, 1, part]).permutation(rows.height)]
+        # dictionary pages and LZ4 decode faster than anything else that is not twice the size
+        target = raw.with_name(f"part-{part:05d}.parquet")
+        rows.write_parquet(target, compression="lz4", statistics=False, row_group_size=ROW_GROUP_ROWS)
+        raw.unlink()
+
+    def _raw(self, split: SplitName, part: int) -> Path:
+        return self._folder / split / f"{part}.arrow"

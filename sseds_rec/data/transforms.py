@@ -1,10 +1,11 @@
-"""Raw columns to the values that a vocabulary counts, or to the floats of a dense input."""
+"""Raw columns to the values of a field: what a vocabulary counts, a hash takes, or a dense input is."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
+from sseds_rec.data.cells import Reading
 from sseds_rec.data.schema import Kind, Transform
 from sseds_rec.errors import UserError
 
@@ -17,8 +18,10 @@ class FieldSpec:
         name: Column of the source, and name of the field.
         kind: What the column holds.
         transform: See `schema.Field`.
-        min_count: Values seen less often in the train split share one id.
+        min_count: Values of a vocabulary seen less often in the train split share one id.
         separator: Between the elements of a sequence written as text.
+        rows: Rows of the table of a hashed or raw field; None for the others.
+        weights: Column with one weight an element, for a sequence; None for none.
     """
 
     name: str
@@ -26,75 +29,109 @@ class FieldSpec:
     transform: Transform = "vocabulary"
     min_count: int = 10
     separator: str = "|"
+    rows: int | None = None
+    weights: str | None = None
 
-    def values(self, column: pl.Series, where: Callable[[int], str]) -> pl.Series:
-        """The column's values, null where empty.
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the values are counted, and the frequent ones get ids."""
+        return self.transform in ("vocabulary", "log2_bucket")
 
-        Args:
-            column: Raw cells of one chunk.
-            where: Names the file and row of an index into the chunk.
+    @property
+    def columns(self) -> Sequence[str]:
+        """See `cells.Reader`."""
+        return [self.name, *([self.weights] if self.weights else [])]
 
-        Returns:
-            String (categorical), List(String) without empty elements (sequence), Int64 (`log2_bucket`)
-            or Float32 without nulls (`log1p`).
+    def reading(self, types: pl.Schema) -> Reading:
+        """The field's values: String (vocabulary, hash), Int64 (`log2_bucket`, raw) or Float32 without nulls (`log1p`).
 
-        Raises:
-            UserError: A cell of a numeric column is not a finite number.
+        Those of a sequence are lists, and without empty elements unless they have weights. See `cells.Reader`.
         """
-        if self.kind == "categorical":
-            return text(column)
         if self.kind == "sequence":
-            return _elements(column, self.separator)
-        numbers = _numbers(column, where)
-        return log2_bucket(numbers) if self.transform == "log2_bucket" else log1p(numbers)
+            return self._sequence(types)
+        cells, dtype = pl.col(self.name), types[self.name]
+        parsed = pl.col(f"\0{self.name}")
+        if self.kind == "numeric":
+            numbers, parse = parsed, cells.cast(pl.Float64, strict=False)
+            values = log2_bucket(numbers) if self.transform == "log2_bucket" else log1p(numbers)
+            unreadable = (numbers.is_null() & cells.is_not_null()) | numbers.is_infinite()
+            kind, wanted = "numeric column", "a finite number"
+        elif self.transform == "raw":
+            values, parse, kind, wanted = (
+                parsed,
+                _int64(cells, dtype),
+                "column",
+                "a 64-bit integer (a hash takes any text)",
+            )
+            unreadable = values.is_null() & cells.is_not_null()
+        else:
+            if isinstance(dtype, pl.List):
+                raise UserError(f"column {self.name!r} holds lists: it is a sequence field")
+            return Reading([cells.cast(pl.String).alias(self.name)])
+        return Reading(
+            [values.alias(self.name)],
+            [parse.alias(f"\0{self.name}")],
+            unreadable,
+            lambda row: f"{kind} {self.name!r} holds {row[self.name]!r}, not {wanted}",
+        )
+
+    def _sequence(self, types: pl.Schema) -> Reading:
+        elements = pl.col(f"\0{self.name}")
+        parsed = [_elements(pl.col(self.name), types[self.name], self.separator).alias(f"\0{self.name}")]
+        ids = elements.list.eval(_int64(pl.element(), pl.String())) if self.transform == "raw" else elements
+        bad_id = ids.list.drop_nulls().list.len() != elements.list.drop_nulls().list.len()
+        if self.weights is None:
+            return Reading(
+                [ids.list.drop_nulls().alias(self.name)],
+                parsed,
+                bad_id if self.transform == "raw" else None,
+                lambda row: (
+                    f"column {self.name!r} holds {row[self.name]!r}, not 64-bit integers (a hash takes any text)"
+                ),
+            )
+        numbers = _elements(pl.col(self.weights), types[self.weights], self.separator).list.eval(
+            pl.element().cast(pl.Float32, strict=False)
+        )
+        is_finite = numbers.list.eval(pl.element().is_finite().fill_null(False)).list.all()
+        return Reading(
+            [ids.alias(self.name), numbers.alias(self.weights)],
+            parsed,
+            bad_id | ~is_finite | (numbers.list.len() != elements.list.len()),
+            lambda row: (
+                f"column {self.weights!r} holds {row[str(self.weights)]!r}, not one finite number for each element "
+                f"of {self.name!r}, {row[self.name]!r}"
+            ),
+        )
 
 
-def text(column: pl.Series) -> pl.Series:
-    """Cells as text without surrounding spaces; null where nothing is left."""
-    return _apply(column, _clean(pl.all().cast(pl.String)))
-
-
-def log2_bucket(numbers: pl.Series) -> pl.Series:
+def log2_bucket(numbers: pl.Expr) -> pl.Expr:
     """floor(log(x)²) for x > 2, the integer part of x for the others (the paper, 4.1.1: the Criteo winner's transform).
 
-    >>> log2_bucket(pl.Series([-3.0, 1.9, 2.0, 3.0, 1000.0, None])).to_list()
+    >>> pl.select(log2_bucket(pl.lit(pl.Series([-3.0, 1.9, 2.0, 3.0, 1000.0, None])))).to_series().to_list()
     [-3, 1, 2, 1, 47, None]
     """
-    x = pl.all().clip(lower_bound=-(2.0**62))  # what an int64 holds
-    return _apply(numbers, pl.when(x > 2).then(x.log().pow(2).floor()).otherwise(x).cast(pl.Int64))
+    rest = numbers.clip(lower_bound=-(2.0**62))  # what an int64 holds
+    bucket = pl.when(numbers > 2).then(numbers.log().pow(2).floor()).otherwise(rest)
+    return bucket.cast(pl.Int64, strict=False)  # null where not a number
 
 
-def log1p(numbers: pl.Series) -> pl.Series:
+def log1p(numbers: pl.Expr) -> pl.Expr:
     """sign(x)·log(1+|x|) as float32, 0 where empty: heavy tails tamed, order and sign kept."""
-    x = pl.all()
-    return _apply(numbers, (x.sign() * x.abs().log1p()).fill_null(0.0).cast(pl.Float32))
+    x = numbers.fill_nan(None)
+    return (x.sign() * x.abs().log1p()).fill_null(0.0).cast(pl.Float32)
 
 
-def _numbers(column: pl.Series, where: Callable[[int], str]) -> pl.Series:
-    cells = text(column) if column.dtype == pl.String else column
-    numbers = _apply(cells, pl.all().cast(pl.Float64, strict=False))
-    bad = (numbers.is_null() & cells.is_not_null()) | numbers.is_infinite().fill_null(False)
-    if bad.any():
-        row = bad.arg_max() or 0
-        raise UserError(f"{where(row)}: numeric column {column.name!r} holds {cells[row]!r}, not a finite number")
-    return numbers.fill_nan(None)
+def _int64(cells: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """Integers as they are, those above 2^63 by their 64 bits; null for anything else."""
+    if dtype == pl.String:
+        return pl.coalesce(
+            cells.cast(pl.Int64, strict=False), cells.cast(pl.UInt64, strict=False).reinterpret(signed=True)
+        )
+    return cells.reinterpret(signed=True) if dtype == pl.UInt64 else cells.cast(pl.Int64, strict=False)
 
 
-def _elements(column: pl.Series, separator: str) -> pl.Series:
-    cells = pl.all()
-    is_list = isinstance(column.dtype, pl.List)
-    elements = cells.cast(pl.List(pl.String)) if is_list else cells.cast(pl.String).str.split(separator)
-    kept = elements.list.eval(_clean(pl.element()).drop_nulls())
-    return _apply(column, kept.fill_null(pl.lit([], pl.List(pl.String))))
-
-
-def _clean(cells: pl.Expr) -> pl.Expr:
-    stripped = cells.str.strip_chars()
-    return pl.when(stripped != "").then(stripped)
-
-
-def _apply(column: pl.Series, expression: pl.Expr) -> pl.Series:
-    try:
-        return column.to_frame().select(expression.alias(column.name)).to_series()
-    except pl.exceptions.PolarsError:
-        raise UserError(f"column {column.name!r}: {column.dtype} cannot be read as this kind of field") from None
+def _elements(cells: pl.Expr, dtype: pl.DataType, separator: str) -> pl.Expr:
+    """Lists of texts, null where an element is empty; no list where the cell is empty."""
+    lists = cells.cast(pl.List(pl.String)) if isinstance(dtype, pl.List) else cells.cast(pl.String).str.split(separator)
+    stripped = pl.element().str.strip_chars()
+    return lists.list.eval(pl.when(stripped != "").then(stripped)).fill_null(pl.lit([], pl.List(pl.String)))

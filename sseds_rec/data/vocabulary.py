@@ -1,31 +1,19 @@
 """Values to ids and back: the rows of one embedding table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import polars as pl
+import xxhash
+
+from sseds_rec.data.schema import Counts, Magnitude
+from sseds_rec.files import open_file
 
 EMPTY = 0  # the cell was empty
 RARE = 1  # seen less than min_count times in the train split, or never
 RESERVED = 2  # ids from here on: frequent values by descending count, ties by value
 
-
-def count_values(values: pl.Series, so_far: pl.DataFrame | None = None) -> pl.DataFrame:
-    """Adds the values of one chunk to the counts.
-
-    Args:
-        values: What a field's transform yields; null is an empty cell, a list is a sequence.
-        so_far: Result of the chunks before.
-
-    Returns:
-        Columns value (null for empty cells) and count.
-    """
-    if isinstance(values.dtype, pl.List):
-        values = values.explode().drop_nulls()
-    counts = values.alias("value").to_frame().group_by("value").agg(pl.len().cast(pl.Int64).alias("count"))
-    if so_far is None:
-        return counts
-    return pl.concat([so_far, counts]).group_by("value").agg(pl.col("count").sum())
+_INDEXED_CELLS = 1 << 20  # cells looked up before the index forgets the unknown values that it has met
 
 
 class Vocabulary:
@@ -38,21 +26,52 @@ class Vocabulary:
 
     def __init__(self, table: pl.DataFrame) -> None:
         self.table = table
+        self._index: pl.Series | None = None  # the frequent values as categories, which live as long as this does
+        self._cells = 0
 
     @classmethod
-    def build(cls, counts: pl.DataFrame, min_count: int) -> "Vocabulary":
-        """Gives an id to every value counted at least `min_count` times. `counts`: see `count_values`."""
-        seen = counts.filter(pl.col("value").is_not_null())
-        frequent = seen.filter(pl.col("count") >= min_count).sort("count", "value", descending=[True, False])
-        total, not_empty, not_rare = (int(frame["count"].sum()) for frame in (counts, seen, frequent))
-        reserved = {"value": [None, None], "count": [total - not_empty, not_empty - not_rare]}
-        ids = pl.int_range(pl.len(), dtype=pl.Int32).alias("id")
-        return cls(pl.concat([pl.DataFrame(reserved, frequent.schema), frequent]).with_columns(ids))
+    def build(
+        cls, counts: Iterable[pl.DataFrame], min_count: int, known: "Vocabulary | None" = None
+    ) -> "tuple[Vocabulary, Counts]":
+        """Gives an id to every value counted at least `min_count` times.
+
+        Args:
+            counts: At least one frame with columns value (null for empty cells) and count; each value is in one of them,
+                once.
+            min_count: At least 1.
+            known: An earlier vocabulary: its values keep their ids, new ones come after them, and counts add up. (A value
+                that was rare in it must become frequent in the new rows alone.)
+
+        Returns:
+            The vocabulary, and what was counted, in short.
+        """
+        empty = 0
+        frames = []
+        for frame in counts:
+            empty += _sum(frame.filter(pl.col("value").is_null()))
+            frames.append(_with_ids(frame.drop_nulls("value"), known))
+        is_kept = (pl.col("count") >= min_count) | pl.col("id").is_not_null()
+        kept = pl.concat([frame.filter(is_kept) for frame in frames])
+        rare = sum(map(_sum, frames)) - _sum(kept)
+
+        before = known.table if known else pl.DataFrame({"value": [None, None], "count": [0, 0]})
+        again = pl.DataFrame({"id": [EMPTY, RARE], "more": [empty, rare]}).vstack(
+            kept.drop_nulls("id").select(pl.col("id").cast(pl.Int64), pl.col("count").alias("more"))
+        )
+        so_far = before.select(pl.col("value").cast(kept.schema["value"]), "count", id=pl.int_range(pl.len()))
+        so_far = so_far.join(again, on="id", how="left", maintain_order="left")
+        new = kept.filter(pl.col("id").is_null()).sort("count", "value", descending=[True, False])
+        table = pl.concat(
+            [so_far.select("value", pl.col("count") + pl.col("more").fill_null(0)), new.select("value", "count")]
+        )
+        table = table.with_columns(pl.int_range(pl.len(), dtype=pl.Int32).alias("id"))
+        return cls(table), Counts(empty=empty, rare=rare, magnitudes=_magnitudes(frames))
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
         """Reads what `save` wrote."""
-        return cls(pl.read_parquet(path))
+        with open_file(path) as file:
+            return cls(pl.read_parquet(file))
 
     def save(self, path: str | Path) -> None:
         """Writes the table as Parquet."""
@@ -65,20 +84,87 @@ class Vocabulary:
 
     def encode(self, values: pl.Series) -> pl.Series:
         """Ids (int32) of values; for a sequence field, lists of ids of lists of values."""
-        return _map_cells(values, self._ids)
+        return _select(values, self.ids(values.dtype, len(values)))
 
     def decode(self, ids: pl.Series) -> pl.Series:
         """Values of ids, null for the reserved ones; for a sequence field, lists."""
-        return _map_cells(ids, lambda cells: cells.replace_strict(self.table["id"], self.table["value"]))
+        to_value = _each(ids.dtype, lambda cells: cells.replace_strict(self.table["id"], self.table["value"]))
+        return _select(ids, to_value)
 
-    def _ids(self, values: pl.Expr) -> pl.Expr:
+    def ids(self, dtype: pl.DataType, cells: int) -> Callable[[pl.Expr], pl.Expr]:
+        """What turns values of a type into ids (int32), for about so many cells."""
+        is_text = pl.String in (dtype, getattr(dtype, "inner", None))
+        look_up = self._look_up_text(cells) if is_text else self._look_up
+        return _each(
+            dtype, lambda values: pl.when(values.is_null()).then(EMPTY).otherwise(look_up(values)).cast(pl.Int32)
+        )
+
+    def _look_up(self, values: pl.Expr) -> pl.Expr:
         frequent = self.table[RESERVED:]
-        known = values.replace_strict(frequent["value"], frequent["id"], default=RARE, return_dtype=pl.Int32)
-        return pl.when(values.is_null()).then(pl.lit(EMPTY, pl.Int32)).otherwise(known)
+        return values.replace_strict(frequent["value"], frequent["id"], default=RARE, return_dtype=pl.Int32)
+
+    def _look_up_text(self, cells: int) -> Callable[[pl.Expr], pl.Expr]:
+        """Looks values up in a hash index that is kept, where `replace_strict` would build one in every call.
+
+        The index is a set of categories, in which the frequent values have the first codes. Unknown values get codes
+        after them, and memory; so it is made anew from time to time.
+        """
+        frequent = self.table["value"][RESERVED:]
+        self._cells += cells
+        if self._index is None or self._cells > max(_INDEXED_CELLS, len(frequent)):
+            self._index, self._cells = frequent.cast(pl.Categorical(pl.Categories.random())), cells
+        categories = self._index.dtype
+
+        def look_up(values: pl.Expr) -> pl.Expr:
+            code = values.cast(categories).to_physical().cast(pl.Int64)
+            return pl.when(code < len(frequent)).then(code + RESERVED).otherwise(RARE)
+
+        return look_up
 
 
-def _map_cells(column: pl.Series, function: Callable[[pl.Expr], pl.Expr]) -> pl.Series:
-    """Applies a function to the cells, or to the elements of lists."""
-    is_list = isinstance(column.dtype, pl.List)
-    mapped = pl.all().list.eval(function(pl.element())) if is_list else function(pl.all())
-    return column.to_frame().select(mapped.alias(column.name)).to_series()
+def hash_ids(values: pl.Series, rows: int) -> pl.Series:
+    """Text to 1 + xxh3(text) % (rows - 1), empty to 0; the same on every machine and in every release.
+
+    Returns:
+        int32, or int64 from 2^31 rows on; for a sequence, lists.
+    """
+    is_list = isinstance(values.dtype, pl.List)
+    cells = values.explode() if is_list else values
+    distinct = cells.drop_nulls().unique()
+    hashed = pl.Series(
+        [1 + xxhash.xxh3_64_intdigest(value.encode()) % (rows - 1) for value in distinct], dtype=pl.Int64
+    )
+    dtype = pl.Int32() if rows <= 2**31 else pl.Int64()
+    to_id = _each(values.dtype, lambda cells: cells.replace_strict(distinct, hashed, default=EMPTY, return_dtype=dtype))
+    return _select(values, to_id)
+
+
+def _with_ids(counts: pl.DataFrame, known: Vocabulary | None) -> pl.DataFrame:
+    if known is None:
+        return counts.with_columns(pl.lit(None, pl.Int32).alias("id"))
+    ids = known.table[RESERVED:].select(pl.col("value").cast(counts.schema["value"]), "id")
+    return counts.join(ids, on="value", how="left")
+
+
+def _sum(counts: pl.DataFrame) -> int:
+    return int(counts["count"].sum())
+
+
+def _magnitudes(frames: list[pl.DataFrame]) -> list[Magnitude]:
+    least = (10 ** pl.col("count").log10().floor()).cast(pl.Int64).alias("least")
+    found = pl.concat(
+        frame.group_by(least).agg(pl.len().cast(pl.Int64).alias("values"), pl.col("count").sum()) for frame in frames
+    )
+    summed = found.group_by("least").agg(pl.all().sum()).sort("least")
+    return [Magnitude(**row) for row in summed.iter_rows(named=True)]
+
+
+def _each(dtype: pl.DataType, function: Callable[[pl.Expr], pl.Expr]) -> Callable[[pl.Expr], pl.Expr]:
+    """Applies a function to cells, or to the elements of lists."""
+    if isinstance(dtype, pl.List):
+        return lambda column: column.list.eval(function(pl.element()))
+    return function
+
+
+def _select(column: pl.Series, function: Callable[[pl.Expr], pl.Expr]) -> pl.Series:
+    return column.to_frame().select(function(pl.all()).alias(column.name)).to_series()
