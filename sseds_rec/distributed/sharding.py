@@ -15,7 +15,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from sseds_rec.distributed.managed import ManagedSharder, is_managed
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.tables import KERNEL_MULTIPLE, embedding_modules, table_configs
 from sseds_rec.errors import UserError
@@ -29,7 +31,7 @@ class ShardingConfig(BaseModel):
     Attributes:
         type: one sharding type for all tables, or "auto": table-wise on CPU (the planner's mix is no faster there), the
             planner's choice of table-, row- and column-wise on CUDA. Tables that Adam trains on a CPU are data-parallel,
-            since FBGEMM has no fused Adam there.
+            since FBGEMM has no fused Adam there. Tables of raw ids are row-wise always.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,7 +59,7 @@ def shard(model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size
     Raises:
         UserError: the tables do not fit this topology under the constraints.
     """
-    sharders: list[ModuleSharder[nn.Module]] = [BagSharder()]
+    sharders: list[ModuleSharder[nn.Module]] = [BagSharder(), ManagedSharder(BagSharder())]
     plan = plan_sharding(model, config, topology(runtime), batch_size, sharders)
     return DistributedModelParallel(model, device=runtime.device, plan=plan, sharders=sharders)
 
@@ -65,21 +67,22 @@ def shard(model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size
 def plan_sharding(
     model: nn.Module, config: ShardingConfig, where: Topology, batch_size: int, sharders: list[ModuleSharder[nn.Module]]
 ) -> ShardingPlan:
-    """The planner's placement of every table, the same on all ranks."""
-    constraints = {
-        table.name: ParameterConstraints(
-            sharding_types=_allowed(config.type, where.compute_device),
-            compute_kernels=[_kernel(config.type)],
+    """The planner's placement of every table, the same on all ranks.
+
+    Raises:
+        UserError: no plan fits, or a table of raw ids cannot be split so (names it).
+    """
+    constraints = {}
+    for module in embedding_modules(model).values():
+        for table in table_configs(module):
+            placement: Placement = _row_wise(table, config.type, where) if is_managed(module) else config.type
             # Slim tables are narrower than the planner's default smallest column shard.
-            min_partition=max(
-                KERNEL_MULTIPLE, table.embedding_dim // where.world_size // KERNEL_MULTIPLE * KERNEL_MULTIPLE
+            narrowest = table.embedding_dim // where.world_size // KERNEL_MULTIPLE * KERNEL_MULTIPLE
+            constraints[table.name] = ParameterConstraints(
+                sharding_types=_allowed(placement, where.compute_device),
+                compute_kernels=[_kernel(placement)],
+                min_partition=max(KERNEL_MULTIPLE, narrowest) if placement == "column_wise" else None,
             )
-            if config.type == "column_wise"
-            else None,
-        )
-        for module in embedding_modules(model).values()
-        for table in table_configs(module)
-    }
     planner = EmbeddingShardingPlanner(topology=where, constraints=constraints, batch_size=batch_size)
     try:
         if where.world_size == 1:
@@ -104,6 +107,21 @@ def topology(runtime: Runtime) -> Topology:
         hbm_cap=hbm,
         ddr_cap=ddr,
     )
+
+
+def _row_wise(table: EmbeddingBagConfig, asked: Placement, where: Topology) -> Placement:
+    """The placement of a table of raw ids."""
+    if asked == "data_parallel":
+        raise UserError(
+            f"table {table.name}: TorchRec splits tables of raw ids by rows and trains them with fused optimizers, of which "
+            "Adam is not on a CPU; set train.table_optimizer=rowwise_adagrad and sharding.type=auto"
+        )
+    if table.num_embeddings % where.world_size or table.num_embeddings < 2 * where.world_size:
+        raise UserError(
+            f"table {table.name}: its {table.num_embeddings:,} rows for raw ids do not divide by {where.world_size} ranks, "
+            "two or more each; prepare the field with other rows, or start another number of processes"
+        )
+    return "row_wise"
 
 
 def _allowed(placement: Placement, device: str) -> list[str]:

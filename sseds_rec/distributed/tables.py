@@ -14,6 +14,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from sseds_rec.distributed.managed import is_managed
 from sseds_rec.errors import UserError
 
 #: FBGEMM's table-batched kernels take widths that are multiples of this only, on CPU too.
@@ -26,7 +27,7 @@ def stored_dim(embedding_dim: int) -> int:
 
 
 def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path without wrappers -> every (sharded) EmbeddingBagCollection of a model.
+    """Path without wrappers -> every (sharded) EmbeddingBagCollection of a model, managed collision ones as a whole.
 
     Raises:
         UserError: the model has none, or has an embedding module that cannot be searched (named).
@@ -39,8 +40,11 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
         above = plain_paths.get(parent, "")
         plain = above if wrapped or not path else f"{above}.{attribute}".removeprefix(".")
         plain_paths[path] = plain
-        if isinstance(module, (EmbeddingBagCollection, ShardedEmbeddingBagCollection)):
+        if is_managed(module):
             found[plain] = module
+        elif isinstance(module, (EmbeddingBagCollection, ShardedEmbeddingBagCollection)):
+            if not is_managed(model.get_submodule(parent)):
+                found[plain] = module
         elif isinstance(module, (EmbeddingCollection, ShardedEmbeddingCollection)):
             raise UserError(
                 f"{plain or type(module).__name__}: {type(module).__name__} (sequence embeddings) cannot be searched; "
@@ -52,7 +56,9 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def table_configs(module: nn.Module) -> list[EmbeddingBagConfig]:
-    """The tables of a plain or sharded EmbeddingBagCollection."""
+    """The tables of a plain or sharded EmbeddingBagCollection, in a managed collision one or not."""
+    if is_managed(module):
+        return table_configs(module._embedding_module)  # type: ignore[arg-type]
     if isinstance(module, EmbeddingBagCollection):
         return module.embedding_bag_configs()
     return module._embedding_bag_configs  # type: ignore[return-value]

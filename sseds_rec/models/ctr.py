@@ -1,7 +1,9 @@
-"""A click model: an EmbeddingBagCollection, a model over its output, and the loss the trainer and the search call."""
+"""A click model: embedding bag collections, a model over their output, and the loss the trainer and the search call."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from sseds_rec.data.loader import Batch
 from sseds_rec.data.schema import Field, Schema
+from sseds_rec.distributed.managed import managed_collection, spread_ids
 from sseds_rec.errors import UserError
 from sseds_rec.models.fields import FieldEmbeddings
 from sseds_rec.models.registry import MODELS, ModelConfig, OverArch
@@ -19,7 +23,7 @@ from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.slim.alignment import Init
 
 #: Small, so that the first logits are: TorchRec's own start is ±√(1/n), large in tables of few rows.
-_INIT_STD = 0.01
+_START = partial(nn.init.normal_, std=0.01)
 
 
 class CtrModel(nn.Module):
@@ -29,22 +33,59 @@ class CtrModel(nn.Module):
         tables: one per field; built on the meta device, `DistributedModelParallel` gives them memory.
         over: the model over the embeddings.
         embedding_l2: λ of the penalty λ/2 · mean_b Σ_i ||e_bi||², added to the loss in training only.
+        is_weighted: whether the batches' ids come with weights.
+        raw: fields whose ids are any int64, for managed collision to map to rows.
     """
 
-    def __init__(self, tables: list[EmbeddingBagConfig], over: OverArch, embedding_l2: float = 0.0) -> None:
+    def __init__(
+        self,
+        tables: list[EmbeddingBagConfig],
+        over: OverArch,
+        embedding_l2: float = 0.0,
+        is_weighted: bool = False,
+        raw: Collection[str] = (),
+    ) -> None:
         super().__init__()
-        self.embeddings = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+        plain = [table for table in tables if table.feature_names[0] not in raw]
+        managed = [table for table in tables if table.feature_names[0] in raw]
+        self.raw = [table.feature_names[0] for table in managed]
+        meta = torch.device("meta")
+        self.embeddings = EmbeddingBagCollection(plain, is_weighted, meta) if plain else None
+        # Rows that new ids take over begin as all rows once did, in a slim model too.
+        managed = [replace(table, init_fn=_START) for table in managed]
+        self.managed = managed_collection(managed, is_weighted) if managed else None
         self.over = over
         self.embedding_l2 = embedding_l2
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        embeddings = self.embeddings(batch.sparse)
+        embeddings = self._embed(batch.sparse)
         logits = self.over(batch.dense, embeddings)
         loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
         reported = loss.detach()
         if self.training and self.embedding_l2:
             loss = loss + 0.5 * self.embedding_l2 * embeddings.values().square().sum(dim=1).mean()
         return loss, (reported, logits.detach(), batch.labels)
+
+    def _embed(self, sparse: KeyedJaggedTensor) -> KeyedTensor:
+        plain: KeyedTensor | None = self.embeddings(sparse) if self.embeddings is not None else None
+        if self.managed is None:
+            assert plain is not None
+            return plain
+        ids = sparse.permute([sparse.keys().index(name) for name in self.raw])
+        managed: KeyedTensor = self.managed(_with_values(ids, spread_ids(ids.values())))[0]
+        if plain is None:
+            return managed
+        return KeyedTensor(
+            [*plain.keys(), *managed.keys()],
+            [*plain.length_per_key(), *managed.length_per_key()],
+            torch.cat([plain.values(), managed.values()], dim=1),
+        )
+
+
+def _with_values(features: KeyedJaggedTensor, values: Tensor) -> KeyedJaggedTensor:
+    return KeyedJaggedTensor(
+        features.keys(), values, features.weights_or_none(), lengths=features.lengths(), stride=features.stride()
+    )
 
 
 def build_model(config: ModelConfig, schema: Schema, embedding_l2: float = 0.0) -> CtrModel:
@@ -56,13 +97,15 @@ def build_model(config: ModelConfig, schema: Schema, embedding_l2: float = 0.0) 
             feature_names=[field.name],
             num_embeddings=rows_of(field),
             embedding_dim=config.embedding_dim,
-            init_fn=partial(nn.init.normal_, std=_INIT_STD),
-            pooling=PoolingType.MEAN if field.kind == "sequence" else PoolingType.SUM,
+            init_fn=_START,
+            # In a weighted set the weights of a sequence to be averaged are 1/length.
+            pooling=PoolingType.MEAN if field.kind == "sequence" and not schema.is_weighted else PoolingType.SUM,
         )
         for field in schema.sparse_fields
     ]
     fields = FieldEmbeddings({field.name: config.embedding_dim for field in schema.sparse_fields})
-    return CtrModel(tables, MODELS[config.name](fields, len(schema.dense_fields), config), embedding_l2)
+    over = MODELS[config.name](fields, len(schema.dense_fields), config)
+    return CtrModel(tables, over, embedding_l2, schema.is_weighted, raw_fields(schema))
 
 
 def build_slim_model(
@@ -85,7 +128,12 @@ def build_slim_model(
     if transform == "select":
         fields.alignment.select({table: plan.tables[table].kept for table in tables.values()})
     over = MODELS[config.name](fields, len(schema.dense_fields), config)
-    return CtrModel(plan.embedding_bag_configs(), over, embedding_l2)
+    return CtrModel(plan.embedding_bag_configs(), over, embedding_l2, schema.is_weighted, raw_fields(schema))
+
+
+def raw_fields(schema: Schema) -> list[str]:
+    """The fields whose ids managed collision maps to rows."""
+    return [field.name for field in schema.sparse_fields if field.transform == "raw"]
 
 
 def table_names(schema: Schema) -> dict[str, str]:
@@ -101,12 +149,20 @@ def table_names(schema: Schema) -> dict[str, str]:
 
 
 def plan_for(config: ModelConfig, schema: Schema, plan: DimensionPlan) -> DimensionPlan:
-    """The plan with its tables in the schema's order, in which the full model concatenates them.
+    """The plan with its tables in the schema's order, in which the full model concatenates them, and of their own names.
+
+    In a set with raw and other fields the model has two collections, so that the scores' names say which.
 
     Raises:
         UserError: the plan is of another data set or model (names the first table that differs).
     """
-    expected = {name: rows_of(f) for f, name in zip(schema.sparse_fields, table_names(schema).values(), strict=True)}
+    raw, fields = raw_fields(schema), schema.sparse_fields
+    several = 0 < len(raw) < len(fields)
+    names = {
+        f"{'managed' if field in raw else 'embeddings'}.{table}" if several else table: table
+        for field, table in table_names(schema).items()
+    }
+    expected = {name: rows_of(field) for name, field in zip(names, fields, strict=True)}
     for name in [*expected, *plan.tables]:
         if name not in plan.tables or name not in expected:
             where = "data" if name in expected else "plan"
@@ -117,7 +173,7 @@ def plan_for(config: ModelConfig, schema: Schema, plan: DimensionPlan) -> Dimens
                 f"table {name} has {expected[name]} rows x {config.embedding_dim} columns, the plan says "
                 f"{table.rows} x {table.original_dim}; the plan is of another model, search again"
             )
-    return plan.model_copy(update={"tables": {name: plan.tables[name] for name in expected}})
+    return plan.model_copy(update={"tables": {table: plan.tables[name] for name, table in names.items()}})
 
 
 def rows_of(field: Field) -> int:

@@ -13,7 +13,7 @@ from sseds_rec.errors import UserError
 from sseds_rec.models.ctr import CtrModel
 from sseds_rec.search.plan import DimensionPlan
 
-_TABLES = "embeddings."
+_TABLES = ("embeddings.", "managed.")
 _TRANSFORMS = ".alignment.transforms."
 
 

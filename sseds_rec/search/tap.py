@@ -41,8 +41,13 @@ class Tap:
         names = get_embedding_names_by_table(self.configs)
         self.keys_by_table = {config.name: keys for config, keys in zip(self.configs, names, strict=True)}
 
-    def hook(self, module: nn.Module, args: Any, output: KeyedTensor | LazyAwaitable[KeyedTensor]) -> KeyedTensor:
-        """Forward hook: replaces the output by one with the same keys and values, cut off from the tables."""
+    def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook: replaces the output by one with the same keys and values, cut off from the tables.
+
+        Managed collision collections return (output, remapped ids).
+        """
+        if isinstance(output, tuple):
+            return (self.hook(module, args, output[0]), *output[1:])
         pooled = output.wait() if isinstance(output, LazyAwaitable) else output
         leaf = pooled.values().detach().requires_grad_()
         columns, start = {}, 0

@@ -82,11 +82,14 @@ def slim_checkpoint(src: str | Path, dst: str | Path, plan: DimensionPlan) -> Pa
 
 
 def _entries_by_table(metadata: Metadata, plan: DimensionPlan) -> dict[str, str]:
-    """Entry name -> table of the plan, for every entry at or below a table's weight."""
+    """Entry name -> table of the plan, for every entry at or below a table's weight, and of its map of raw ids."""
     entries: dict[str, str] = {}
     for table, table_plan in plan.tables.items():
         module, _, own = table.rpartition(".")
         keys = [f".embedding_bags.{table}.weight.", f".{module}.embedding_bags.{own}.weight."]
+        # of a managed collision collection: its tables, and its maps from ids to rows, which go with a dropped table
+        keys += [f".{module}._embedding_module.embedding_bags.{own}.weight.", f"._managed_collision_modules.{table}."]
+        keys += [f".{module}._managed_collision_collection._managed_collision_modules.{own}."]
         found = [name for name in metadata.state_dict_metadata if any(key in f".{name}." for key in keys)]
         expected = torch.Size([table_plan.rows, table_plan.original_dim])
         weights = [name for name in found if name.endswith(".weight")]

@@ -12,6 +12,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from sseds_rec.distributed.managed import is_managed
 from sseds_rec.distributed.tables import embedding_modules
 from sseds_rec.errors import UserError
 from sseds_rec.search.plan import DimensionPlan, TablePlan
@@ -33,13 +34,19 @@ class SlimEmbeddingBagCollection(nn.Module):
         plans: original table name -> its plan.
         device: of the new tables; "meta" before `DistributedModelParallel`.
         init: "select" starts as the masked original, "random" as the paper.
+        is_weighted: whether the original pools with per-id weights.
 
     Raises:
         UserError: the plan drops every table.
     """
 
     def __init__(
-        self, configs: list[EmbeddingBagConfig], plans: dict[str, TablePlan], device: torch.device, init: Init
+        self,
+        configs: list[EmbeddingBagConfig],
+        plans: dict[str, TablePlan],
+        device: torch.device,
+        init: Init,
+        is_weighted: bool = False,
     ) -> None:
         super().__init__()
         kept = [config for config in configs if plans[config.name].kept]
@@ -49,7 +56,9 @@ class SlimEmbeddingBagCollection(nn.Module):
             )
         names = dict(zip((c.name for c in configs), get_embedding_names_by_table(configs), strict=True))
         self.embedding_bag_collection = EmbeddingBagCollection(
-            tables=[dataclasses.replace(c, embedding_dim=plans[c.name].stored_dim) for c in kept], device=device
+            tables=[dataclasses.replace(c, embedding_dim=plans[c.name].stored_dim) for c in kept],
+            is_weighted=is_weighted,
+            device=device,
         )
         # Aligned per original width, since tables of one collection may differ in it.
         self.original = {key: c.embedding_dim for c in configs for key in names[c.name]}
@@ -114,6 +123,11 @@ def slim(model: nn.Module, plan: DimensionPlan, init: Init = "select") -> nn.Mod
     """
     modules = embedding_modules(model)
     for path, module in modules.items():
+        if is_managed(module):
+            raise UserError(
+                f"{path}: slim() does not rebuild managed collision collections; build the slim one from "
+                "plan.embedding_bag_configs(), and let it start from slim_checkpoint()"
+            )
         if not isinstance(module, EmbeddingBagCollection):
             raise UserError(
                 f"{path}: {type(module).__name__} is already sharded; call slim() before DistributedModelParallel"
@@ -125,7 +139,7 @@ def slim(model: nn.Module, plan: DimensionPlan, init: Init = "select") -> nn.Mod
         assert isinstance(module, EmbeddingBagCollection)
         configs = module.embedding_bag_configs()
         plans = {c.name: plan.tables[names[path, c.name]] for c in configs}
-        replacement = SlimEmbeddingBagCollection(configs, plans, module.device, init)
+        replacement = SlimEmbeddingBagCollection(configs, plans, module.device, init, module.is_weighted())
         if module.device.type != "meta":
             _copy_columns(module, replacement.embedding_bag_collection, plans)
         memo[id(module)] = replacement
