@@ -10,9 +10,10 @@ import typer
 from sseds_rec.data.avazu import prepare_avazu
 from sseds_rec.data.criteo import prepare_criteo
 from sseds_rec.data.flights import prepare_flights
-from sseds_rec.data.prepare import REJECTED, prepare_table
+from sseds_rec.data.prepare import REJECTED
 from sseds_rec.data.schema import SPLITS, Schema
 from sseds_rec.data.synthetic import prepare_synthetic
+from sseds_rec.data.table import prepare_table
 from sseds_rec.errors import UserError
 from sseds_rec.files import join
 from sseds_rec.output import console, print_json

@@ -84,7 +84,7 @@ class Pipeline:
         raw = [field.name for field in schema.sparse_fields if field.transform == "raw"]
         if raw and self.placement == "data_parallel":
             raise UserError(
-                f"field {raw[0]}: its ids are raw, and TorchRec splits tables of such ids by rows under fused optimizers, of which "
+                f"field {raw[0]}: TorchRec splits tables of raw ids by rows and trains them with fused optimizers, of which "
                 "Adam is not on a CPU; set train.table_optimizer=rowwise_adagrad and sharding.type=auto"
             )
         names = table_names(schema)

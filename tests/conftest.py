@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from sseds_rec.cli import main
-from sseds_rec.data.prepare import prepare_table
+from sseds_rec.data.table import prepare_table
 from tests.command import Command
 
 CONFIG = """

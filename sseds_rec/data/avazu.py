@@ -8,10 +8,11 @@ from typing import Literal
 import polars as pl
 
 from sseds_rec.data.cells import OnError, Reading
-from sseds_rec.data.prepare import prepare_source, with_tables
+from sseds_rec.data.prepare import prepare_source
 from sseds_rec.data.schema import Schema
 from sseds_rec.data.sources import Files
 from sseds_rec.data.splits import SplitSpec
+from sseds_rec.data.table import with_tables
 from sseds_rec.data.transforms import FieldSpec
 from sseds_rec.errors import UserError
 

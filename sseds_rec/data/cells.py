@@ -58,6 +58,10 @@ class Rejects:
     def __init__(self, on_error: OnError, file: Path | None) -> None:
         self.on_error, self.file, self.count = on_error, file, 0
 
+    def again(self) -> "Rejects | None":
+        """For another pass, in which the same rows are left out without a word; None if there are none."""
+        return Rejects("skip", None) if self.count else None
+
     def add(self, faults: Sequence[tuple[str, int, str]]) -> None:
         """Takes (file, row, reason) of rows, in order.
 
@@ -143,14 +147,10 @@ def clean(chunk: Chunk) -> tuple[pl.DataFrame, dict[int, str]]:
         The frame, and the first undecodable column of every row (by index) that is not UTF-8.
     """
     frame, bad = chunk.frame, dict[int, str]()
-    raw = [name for name, dtype in frame.schema.items() if dtype == pl.Binary]
-    try:
-        frame = frame.with_columns(pl.col(raw).cast(pl.String)) if raw else frame
-    except pl.exceptions.ComputeError:
-        for name in raw:
-            cells = [_decoded(cell) for cell in frame[name]]
-            bad = {index: name for index, cell in enumerate(cells) if cell is False} | bad
-            frame = frame.with_columns(pl.Series(name, [cell or None for cell in cells], pl.String))
+    for name in [name for name, dtype in frame.schema.items() if dtype == pl.Binary]:
+        cells = [_decoded(cell) for cell in frame[name]]
+        bad = {index: name for index, cell in enumerate(cells) if cell is False} | bad
+        frame = frame.with_columns(pl.Series(name, [cell or None for cell in cells], pl.String))
     text = [name for name, dtype in frame.schema.items() if dtype == pl.String]
     padded = [name for name in text if chunk.padded is None or name in chunk.padded]
     stripped = pl.col(padded).str.strip_chars(" \t")

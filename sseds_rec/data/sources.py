@@ -155,7 +155,7 @@ class Files:
         first = 2 if self.has_header else 1
         for batches in _gathered(self._parse(file, raw, wanted, malformed)):
             padded = {name for name in wanted if any(_has_blank(batch.column(name)) for batch in batches)}
-            for frame in _frame(batches).iter_slices(CHUNK_ROWS):
+            for frame in _text_frame(batches).iter_slices(CHUNK_ROWS):
                 # The parser is ahead of what it has handed out, so that it may know of malformed rows further on.
                 last, mine = first + frame.height - 1, 0
                 while mine < len(malformed) and malformed[mine].row <= last:
@@ -169,7 +169,7 @@ class Files:
     def _parse(
         self, file: str, raw: IO[bytes], wanted: list[str], malformed: list[Malformed]
     ) -> Iterator[pa.RecordBatch]:
-        """Batches of binary columns; rows that have other than the expected cells end up in `malformed`."""
+        """Batches of the columns' bytes; rows that have other than the expected cells end up in `malformed`."""
 
         def note(row: pa.csv.InvalidRow) -> str:
             malformed.append(Malformed(row.number, f"has {row.actual_columns} cells instead of {row.expected_columns}"))
@@ -261,6 +261,20 @@ def _has_blank(column: pa.Array) -> bool:
 
 def _frame(batches: list[pa.RecordBatch]) -> pl.DataFrame:
     return pl.DataFrame(pl.from_arrow(pa.Table.from_batches(batches)))
+
+
+def _text_frame(batches: list[pa.RecordBatch]) -> pl.DataFrame:
+    table = pa.Table.from_batches(batches)
+    columns = {name: _text(table.column(name)) for name in table.column_names}
+    return pl.DataFrame(pl.from_arrow(pa.table(columns)))
+
+
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The parser's bytes as text, which are not copied; binary still if they are not all UTF-8."""
+    try:
+        return column.cast(pa.string()).cast(pa.string_view())
+    except pa.ArrowInvalid:
+        return column
 
 
 def _is_gzip(file: str) -> bool:

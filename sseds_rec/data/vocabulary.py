@@ -1,6 +1,6 @@
 """Values to ids and back: the rows of one embedding table."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import polars as pl
@@ -84,42 +84,47 @@ class Vocabulary:
 
     def encode(self, values: pl.Series) -> pl.Series:
         """Ids (int32) of values; for a sequence field, lists of ids of lists of values."""
-        return _select(values, self.ids(values.dtype, len(values)))
+        return encode(values.to_frame(), {values.name: self})[values.name]
 
     def decode(self, ids: pl.Series) -> pl.Series:
         """Values of ids, null for the reserved ones; for a sequence field, lists."""
         to_value = _each(ids.dtype, lambda cells: cells.replace_strict(self.table["id"], self.table["value"]))
         return _select(ids, to_value)
 
-    def ids(self, dtype: pl.DataType, cells: int) -> Callable[[pl.Expr], pl.Expr]:
-        """What turns values of a type into ids (int32), for about so many cells."""
-        is_text = pl.String in (dtype, getattr(dtype, "inner", None))
-        look_up = self._look_up_text(cells) if is_text else self._look_up
-        return _each(
-            dtype, lambda values: pl.when(values.is_null()).then(EMPTY).otherwise(look_up(values)).cast(pl.Int32)
-        )
+    def _look_up(self, cells: int) -> Callable[[pl.Expr], pl.Expr]:
+        """What finds the codes of values: the place among the frequent values, or beyond them; null where empty.
 
-    def _look_up(self, values: pl.Expr) -> pl.Expr:
-        frequent = self.table[RESERVED:]
-        return values.replace_strict(frequent["value"], frequent["id"], default=RARE, return_dtype=pl.Int32)
-
-    def _look_up_text(self, cells: int) -> Callable[[pl.Expr], pl.Expr]:
-        """Looks values up in a hash index that is kept, where `replace_strict` would build one in every call.
-
-        The index is a set of categories, in which the frequent values have the first codes. Unknown values get codes
-        after them, and memory; so it is made anew from time to time.
+        `replace_strict` builds a hash index in every call. For text there is a quicker one that is kept: a set of
+        categories, in which the frequent values have the first codes. Unknown values get codes after them, and memory; so it
+        is made anew from time to time.
         """
         frequent = self.table["value"][RESERVED:]
+        if frequent.dtype != pl.String:
+            codes = pl.int_range(len(frequent), dtype=pl.UInt32, eager=True)
+            beyond = len(frequent)
+            return lambda values: pl.when(values.is_not_null()).then(
+                values.replace_strict(frequent, codes, default=beyond, return_dtype=pl.UInt32)
+            )
         self._cells += cells
         if self._index is None or self._cells > max(_INDEXED_CELLS, len(frequent)):
             self._index, self._cells = frequent.cast(pl.Categorical(pl.Categories.random())), cells
         categories = self._index.dtype
+        return lambda values: values.cast(categories).to_physical()
 
-        def look_up(values: pl.Expr) -> pl.Expr:
-            code = values.cast(categories).to_physical().cast(pl.Int64)
-            return pl.when(code < len(frequent)).then(code + RESERVED).otherwise(RARE)
+    def _id(self, code: pl.Expr) -> pl.Expr:
+        known = pl.when(code < self.cardinality - RESERVED).then(code.cast(pl.Int32) + RESERVED)
+        return known.when(code.is_null()).then(EMPTY).otherwise(RARE).cast(pl.Int32)
 
-        return look_up
+
+def encode(rows: pl.DataFrame, vocabularies: Mapping[str, Vocabulary]) -> pl.DataFrame:
+    """The columns that have a vocabulary as ids, the others as they are; see `Vocabulary.encode`."""
+    codes, ids = [], []
+    for name, vocabulary in vocabularies.items():
+        dtype = rows.schema[name]
+        cells = int(rows[name].list.len().sum()) if isinstance(dtype, pl.List) else rows.height
+        codes.append(_each(dtype, vocabulary._look_up(cells))(pl.col(name)).alias(name))
+        ids.append(_each(dtype, vocabulary._id)(pl.col(name)).alias(name))
+    return rows.with_columns(codes).with_columns(ids)  # not in one: an expression used twice is computed twice
 
 
 def hash_ids(values: pl.Series, rows: int) -> pl.Series:

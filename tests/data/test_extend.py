@@ -8,8 +8,9 @@ import pytest
 
 from sseds_rec.data import parts
 from sseds_rec.data.loader import Loader
-from sseds_rec.data.prepare import load_vocabulary, prepare_table
+from sseds_rec.data.prepare import load_vocabulary
 from sseds_rec.data.schema import SPLITS, Schema
+from sseds_rec.data.table import prepare_table
 from sseds_rec.errors import UserError
 from tests.store import registered
 

@@ -13,8 +13,9 @@ import polars as pl
 import pytest
 
 from sseds_rec.data import parts, sources
-from sseds_rec.data.prepare import load_vocabulary, prepare_table
+from sseds_rec.data.prepare import load_vocabulary
 from sseds_rec.data.schema import SPLITS, Schema
+from sseds_rec.data.table import prepare_table
 from sseds_rec.errors import UserError
 
 CENSUS = Path(__file__).parents[2] / "../shared/data/census_income_99762.csv.gz"
@@ -155,6 +156,20 @@ def test_split_by_time_and_by_column(prepare, clicks, tmp_path):
     schema = prepare(split_by="column:part", categorical=["part"], min_count=1, overwrite=True)
     assert [schema.splits[split].rows for split in SPLITS] == [100, 50, 50]
     assert set(decoded(tmp_path / "out", schema, "train")["part"]) == {"train"}
+
+
+def test_cells_that_mean_empty(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "x,n,click\n" + "".join(f"{x},{n},{i % 2}\n" for i, (x, n) in enumerate(MISSING * 20))
+    )
+    options = {"label": "click", "categorical": ["x"], "numeric": ["n"], "min_count": 1, "split": (1, 0, 0)}
+    schema = prepare_table([tmp_path / "a.csv"], tmp_path / "out", **options, missing=["NA", "?"])
+    found = set(decoded(tmp_path / "out", schema, "train").select("x", "n").iter_rows())
+    assert found == {("a", 1), (None, 2), (None, None), ("NAN", None), (None, 4)}  # floor(log(7.4)²) = 4
+    assert [field.counts.empty for field in schema.fields] == [60, 40]
+
+
+MISSING = [("a", 1), ("NA", 2), (" ?", "NA"), ("NAN", " NA "), ('""', 7.4)]
 
 
 def test_dense_numbers_have_no_table(prepare, tmp_path):

@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from sseds_rec.data import sources
-from sseds_rec.data.prepare import prepare_table
 from sseds_rec.data.schema import SPLITS
+from sseds_rec.data.table import prepare_table
 from sseds_rec.errors import UserError
 
 FAULTS = {  # row number -> what it is, and why it is refused

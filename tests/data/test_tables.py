@@ -7,7 +7,7 @@ import torch
 import xxhash
 
 from sseds_rec.data.loader import Loader
-from sseds_rec.data.prepare import prepare_table
+from sseds_rec.data.table import prepare_table
 
 ROWS = 300
 
