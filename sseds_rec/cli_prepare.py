@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 from typing import Annotated, Literal, TypeVar
 
@@ -18,10 +20,7 @@ from sseds_rec.errors import UserError
 from sseds_rec.files import join
 from sseds_rec.output import console, print_json
 
-app = typer.Typer(
-    help="Turn raw rows into an encoded data set: Parquet parts per split, vocabularies, schema.json.",
-    no_args_is_help=True,
-)
+app = typer.Typer(no_args_is_help=True)
 
 T = TypeVar("T")
 
@@ -51,6 +50,12 @@ RandomOrTime = Annotated[
     Literal["random", "time"], typer.Option(help="At random, or the earliest rows train and the latest test.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable line last.")]
+
+
+@app.callback()
+def stop_cleanly() -> None:
+    """Turn raw rows into an encoded data set: Parquet parts per split, vocabularies, schema.json."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half-written goes
 
 
 @app.command("criteo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +17,7 @@ from sseds_rec.errors import UserError
 
 def open_file(path: str | Path) -> IO[bytes]:
     """Opens a file for reading bytes: local, or of a store whose handler is registered with iopath's `g_pathmgr`."""
-    return g_pathmgr.open(str(path), "rb")
+    return g_pathmgr.open(check_store(path), "rb")
 
 
 def join(folder: str | Path, *names: str) -> str:
@@ -26,20 +27,37 @@ def join(folder: str | Path, *names: str) -> str:
 
 def exists(path: str | Path) -> bool:
     """Whether there is a file or folder of this path."""
-    return g_pathmgr.exists(str(path))
+    return g_pathmgr.exists(check_store(path))
+
+
+def check_store(path: str | Path) -> str:
+    """The path, if it is local or of a store that iopath knows.
+
+    Raises:
+        UserError: iopath would take it for a strange local one.
+    """
+    known = tuple(g_pathmgr._path_handlers)
+    if not is_local(path) and not str(path).startswith(known):
+        raise UserError(f"{path}: no such store is registered with iopath; set SSEDS_STORES to a module that does so")
+    return str(path)
 
 
 def register_stores() -> None:
     """Imports the modules that the environment variable `SSEDS_STORES` names; they register handlers with `g_pathmgr`.
 
+    They are found as if Python ran in the current folder.
+
     Raises:
         UserError: one of them cannot be imported.
     """
     for module in filter(None, os.environ.get("SSEDS_STORES", "").split(",")):
+        sys.path.insert(0, os.getcwd())
         try:
             importlib.import_module(module.strip())
-        except ImportError as error:
+        except Exception as error:  # whatever their code raises
             raise UserError(f"SSEDS_STORES={module.strip()}: cannot be imported ({error})") from None
+        finally:
+            sys.path.pop(0)
 
 
 def is_local(path: str | Path) -> bool:

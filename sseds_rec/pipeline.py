@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from sseds_rec.config import Config
 from sseds_rec.data.dataset import open_dataset
 from sseds_rec.data.loader import Loader
-from sseds_rec.data.schema import SplitName
+from sseds_rec.data.schema import SPLITS, SplitName
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import shard
 from sseds_rec.errors import UserError
@@ -67,6 +67,9 @@ class Pipeline:
             raise UserError(
                 f"{config.data.path}: all fields are dense inputs; there is no embedding table to train or search"
             )
+        for name in SPLITS:
+            if not schema.splits[name].rows:
+                raise UserError(f"{config.data.path}: the {name} split is empty; prepare a set with all three splits")
         if schema.splits["train"].rows < config.train.batch_size:
             raise UserError(
                 f"train.batch_size={config.train.batch_size} is more than the {schema.splits['train'].rows:,} rows of "
@@ -74,8 +77,6 @@ class Pipeline:
             )
         held_out: tuple[SplitName, ...] = ("validation", "test")
         for split in held_out:
-            if not schema.splits[split].rows:
-                raise UserError(f"{config.data.path}: the {split} split is empty; prepare a set with all three splits")
             if not 0 < schema.splits[split].positives < schema.splits[split].rows:
                 raise UserError(
                     f"{config.data.path}: the labels of the {split} split are all the same, so AUC is undefined; "

@@ -13,7 +13,9 @@ import pytest
 from iopath.common.file_io import PathHandler, g_pathmgr
 
 
-class _Store(PathHandler):
+class Store(PathHandler):
+    """Finds `test://` in a folder, and remembers what was opened and written."""
+
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder, self.opened, self.written = folder, list[str](), list[str]()
@@ -52,9 +54,9 @@ class _Store(PathHandler):
 
 
 @contextmanager
-def registered(folder: Path) -> Iterator[_Store]:
+def registered(folder: Path) -> Iterator[Store]:
     """Makes `folder` the content of `test://` for a while."""
-    store = _Store(folder)
+    store = Store(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(g_pathmgr, "_path_handlers", dict(g_pathmgr._path_handlers))
         g_pathmgr.register_handler(store, allow_override=True)

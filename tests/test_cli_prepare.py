@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from iopath.common.file_io import g_pathmgr
+
 from tests.command import Command
 from tests.data.test_recipes import AVAZU, criteo_lines
 
@@ -66,3 +69,24 @@ def test_synthetic(sseds: Sseds, tmp_path: Path) -> None:
     assert [field["rank"] for field in truth["fields"]] == [0, 1, 2, 0, 1, 0]
     refused(sseds("prepare", "synthetic", "--output", tmp_path / "other", "--positive-rate", "1"), "positive-rate 1")
     assert not (tmp_path / "other").exists()
+
+
+def test_stores_are_registered_by_a_module_of_the_user(
+    sseds: Sseds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "day_0").write_text("\n".join(criteo_lines(100)) + "\n")
+    (tmp_path / "own_stores.py").write_text(
+        "from pathlib import Path\nfrom iopath.common.file_io import g_pathmgr\nfrom tests.store import Store\n"
+        f"g_pathmgr.register_handler(Store(Path({str(tmp_path / 'data')!r})))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(g_pathmgr, "_path_handlers", dict(g_pathmgr._path_handlers))
+    refused(sseds("prepare", "criteo", "--input", "test://day_0", "--output", "test://set"), "test://", "SSEDS_STORES")
+    monkeypatch.setenv("SSEDS_STORES", "no_such_module")
+    refused(
+        sseds("prepare", "criteo", "--input", "test://day_0", "--output", "test://set"), "SSEDS_STORES=no_such_module"
+    )
+    monkeypatch.setenv("SSEDS_STORES", "own_stores")
+    done = sseds("prepare", "criteo", "--input", "test://day_0", "--output", "test://set")
+    assert done.code == 0 and (tmp_path / "data" / "set" / "schema.json").exists(), done.err

@@ -37,7 +37,7 @@ class TimeField(FieldSpec):
     def reading(self, types: pl.Schema) -> Reading:
         """The part as text. See `cells.Reader`."""
         cells = pl.col("hour").cast(pl.String)
-        time = (cells + "00").str.to_datetime("%y%m%d%H%M", strict=False)
+        time = pl.when(cells.str.contains(r"^\d{8}$")).then(cells + "00").str.to_datetime("%y%m%d%H%M", strict=False)
         return Reading(
             [pl.col(f"\0{self.name}").dt.strftime(self.part).alias(self.name)],
             [time.alias(f"\0{self.name}")],

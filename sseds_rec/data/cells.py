@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 import polars as pl
 
 from sseds_rec.data.ahead import read_ahead
-from sseds_rec.data.sources import Chunk, Source
+from sseds_rec.data.chunk import Chunk
+from sseds_rec.data.sources import Source
 from sseds_rec.errors import UserError
 
 OnError = Literal["refuse", "skip"]
@@ -53,10 +54,15 @@ class Rejects:
     Args:
         on_error: `refuse` raises at the first; `skip` counts them.
         file: With `skip`, a CSV file (file, row, reason) that lists them, made when there is one; None lists nothing.
+
+    Attributes:
+        count: Of rows so far.
+        first: The first of them, and why.
     """
 
     def __init__(self, on_error: OnError, file: Path | None) -> None:
         self.on_error, self.file, self.count = on_error, file, 0
+        self.first: str | None = None
 
     def again(self) -> "Rejects | None":
         """For another pass, in which the same rows are left out without a word; None if there are none."""
@@ -70,9 +76,10 @@ class Rejects:
         """
         if not faults:
             return
+        file, row, reason = faults[0]
+        self.first = self.first or f"{file}, row {row}: {reason}"
         if self.on_error == "refuse":
-            file, row, reason = faults[0]
-            raise UserError(f"{file}, row {row}: {reason}")
+            raise UserError(self.first)
         self.count += len(faults)
         if self.file is None:
             return
@@ -131,7 +138,7 @@ def _read_chunk(
         if rows[name].any():
             for index in rows[name].arg_true():
                 faults.setdefault(index, reading.complaint(frame.row(index, named=True)))
-    listed = [(chunk.number(index), reason) for index, reason in faults.items()]
+    listed = list(zip(chunk.numbers(list(faults)), faults.values(), strict=True))
     listed += [(malformed.row, malformed.reason) for malformed in chunk.malformed]
     rows = rows.drop(list(checked))
     if faults:
@@ -141,25 +148,35 @@ def _read_chunk(
 
 
 def clean(chunk: Chunk) -> tuple[pl.DataFrame, dict[int, str]]:
-    """Text without surrounding spaces and tabs, null where nothing is left.
+    """Text without surrounding spaces and tabs, null where nothing is left or the text means an empty cell.
 
     Returns:
         The frame, and the first undecodable column of every row (by index) that is not UTF-8.
     """
     frame, bad = chunk.frame, dict[int, str]()
+    frame = frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
     for name in [name for name, dtype in frame.schema.items() if dtype == pl.Binary]:
-        cells = [_decoded(cell) for cell in frame[name]]
-        bad = {index: name for index, cell in enumerate(cells) if cell is False} | bad
-        frame = frame.with_columns(pl.Series(name, [cell or None for cell in cells], pl.String))
+        cells, undecodable = _decoded(frame[name])
+        bad = dict.fromkeys(undecodable, name) | bad
+        frame = frame.with_columns(cells)
     text = [name for name, dtype in frame.schema.items() if dtype == pl.String]
-    padded = [name for name in text if chunk.padded is None or name in chunk.padded]
+    padded = text if chunk.padded is None or chunk.missing else [name for name in text if name in chunk.padded]
     stripped = pl.col(padded).str.strip_chars(" \t")
-    frame = frame.with_columns(pl.when(stripped != "").then(stripped)) if padded else frame
+    frame = frame.with_columns(pl.when(~stripped.is_in(["", *chunk.missing])).then(stripped)) if padded else frame
     return frame, bad
 
 
-def _decoded(cell: bytes | None) -> str | Literal[False] | None:
+def _decoded(cells: pl.Series) -> tuple[pl.Series, list[int]]:
+    """Bytes as text, and the indices of those that are not UTF-8."""
     try:
-        return None if cell is None else cell.decode()
-    except UnicodeDecodeError:
-        return False
+        return cells.cast(pl.String), []
+    except pl.exceptions.ComputeError:
+        texts: list[str | None] = []
+        bad = []
+        for index, cell in enumerate(cells):
+            try:
+                texts.append(None if cell is None else cell.decode())
+            except UnicodeDecodeError:
+                texts.append(None)
+                bad.append(index)
+        return pl.Series(cells.name, texts, pl.String), bad

@@ -7,6 +7,7 @@ import polars as pl
 
 #: Distinct values, over all fields, that are held before they are spilled to disk.
 HELD_VALUES = 1 << 24
+_COUNT = "\0count"  # as no column is called
 _BUCKETS = 16  # of spilled values, by hash: one is held at a time in the end
 
 
@@ -29,14 +30,14 @@ class ValueCounts:
         """Takes rows; null is an empty cell, and the elements of a list count one by one."""
         counted = rows.select(
             (pl.col(name).list.explode() if isinstance(rows.schema[name], pl.List) else pl.col(name))
-            .value_counts(name="count")
+            .value_counts(name=_COUNT)
             .implode()
             for name in self._fields
         )
         for name in self._fields:
             counts = counted[name].explode().struct.unnest()
             held = self._held[name]
-            held.append(counts.select(pl.col(name).alias("value"), pl.col("count").cast(pl.Int64)))
+            held.append(counts.select(pl.col(name).alias("value"), pl.col(_COUNT).cast(pl.Int64).alias("count")))
             self._count += counts.height
         if self._count > HELD_VALUES:
             self._held = {name: [_merged(held)] for name, held in self._held.items()}

@@ -1,6 +1,7 @@
 """Part files: encoded rows on disk, written in bounded memory, whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from iopath.common.file_io import g_pathmgr
 
 from sseds_rec.data.schema import FILE_NAME, SPLITS, SplitName
 from sseds_rec.errors import UserError
-from sseds_rec.files import exists, is_local, join
+from sseds_rec.files import check_store, exists, is_local, join
 
 PART_ROWS = 1 << 20
 ROW_GROUP_ROWS = 1 << 16
@@ -36,33 +37,55 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: `output` holds something else.
     """
-    if not is_local(output):
+    if not is_local(check_store(output)):
         with _new_remote_folder(str(output), overwrite) as folder:
             yield folder
         return
     final = Path(output).absolute()
     if final.exists() and not final.is_dir():
         raise UserError(f"{output}: is a file; name a folder for the prepared set")
-    if final.exists() and any(final.iterdir()):
-        if not (final / FILE_NAME).exists():
-            raise UserError(f"{output}: exists and holds other files; name a new folder")
-        if not overwrite:
-            raise UserError(f"{output}: holds a prepared set already; name a new folder, or ask to overwrite it")
-    temporary = final.with_name(f".{final.name}.tmp")
-    replaced = final.with_name(f".{final.name}.old")
-    for left_by_a_killed_run in (temporary, replaced):
-        shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
+    temporary, replaced = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if final.exists():
-            os.replace(final, replaced)
-        os.replace(temporary, final)
-        shutil.rmtree(replaced, ignore_errors=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        with _locked(temporary, output):
+            try:
+                if replaced.exists() and not final.exists():  # a run was killed while it replaced this one
+                    os.replace(replaced, final)
+                shutil.rmtree(replaced, ignore_errors=True)
+                _check_free(final, output, overwrite)
+                for left in temporary.iterdir():  # by a killed run
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                yield temporary
+                if final.exists():
+                    os.replace(final, replaced)
+                os.replace(temporary, final)
+                shutil.rmtree(replaced, ignore_errors=True)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from error
+
+
+def _check_free(final: Path, output: str | Path, overwrite: bool) -> None:
+    if not final.exists() or not any(final.iterdir()):
+        return
+    if not (final / FILE_NAME).exists():
+        raise UserError(f"{output}: exists and holds other files; name a new folder")
+    if not overwrite:
+        raise UserError(f"{output}: holds a prepared set already; name a new folder, or ask to overwrite it")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, output: str | Path) -> Iterator[None]:
+    """Keeps other runs from writing the same output; the lock ends with the process, however that ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{output}: another run is writing it; wait for it, or name another folder") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
 
 
 @contextlib.contextmanager

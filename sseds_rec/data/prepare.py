@@ -42,25 +42,21 @@ def prepare_source(
 ) -> Schema:
     """What every recipe ends in. Memory is bounded by the size of a part and of the vocabularies, whatever the rows.
 
+    Args not named here are those of `table.prepare_table`.
+
     Args:
         source: The rows; they are read twice, or by time or order three times.
-        output: See `table.prepare_table`, also for the arguments not named here.
-        label: See `table.prepare_table`.
         fields: In the order in which models will see them.
         splits: How to divide.
-        positive: See `table.prepare_table`.
         origin: Starts the schema's `source`.
-        overwrite: See `table.prepare_table`.
-        on_error: See `table.prepare_table`.
-        vocabulary: See `table.prepare_table`.
-        grow: See `table.prepare_table`.
         beside: Writes further files into the folder.
     """
     _check_fields(source, label, fields, splits)
     vocabularies = _known(vocabulary, grow, fields)
     with new_folder(output, overwrite) as folder:
-        key, start_dividing = plan_split(source, splits, on_error)
-        readers: list[Reader] = [LabelSpec(label, positive), *([key] if key else []), *fields]
+        readers: list[Reader] = [LabelSpec(label, positive), *fields]
+        key, start_dividing = plan_split(source, splits, readers, on_error)
+        readers += [key] if key else []
         rejects = Rejects(on_error, folder / REJECTED)
 
         counted = [spec.name for spec in fields if spec.has_vocabulary and (grow or spec.name not in vocabularies)]
@@ -72,6 +68,8 @@ def prepare_source(
             found = _counted(found, split_of, read.rows[LABEL].to_numpy())
             if counted:
                 counts.add(read.rows.select(counted).filter(pl.Series(split_of == 0)))
+        if rejects.count and not any(split.rows for split in found.values()):
+            raise UserError(f"{rejects.first}; none of the {rejects.count} rows can be read")
         _check_rows(source, found, splits, bool(counted))
         if positive is not None and not any(split.positives for split in found.values()):
             raise UserError(f"{source.name}: no row has {positive!r} in the label column {label!r}")

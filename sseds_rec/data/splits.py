@@ -1,14 +1,14 @@
 """Which rows are train, validation and test, and what their labels are."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from sseds_rec.data.cells import OnError, Reading, Rejects, read_rows
+from sseds_rec.data.cells import OnError, Read, Reader, Reading, Rejects, read_rows
 from sseds_rec.data.schema import LABEL, SPLITS
 from sseds_rec.data.sources import Source
 from sseds_rec.errors import UserError
@@ -136,6 +136,8 @@ class Time:
             return Reading([cells.alias(SPLIT_KEY)], (), ~is_date, self._complaint)
         if not (dtype == pl.String or dtype.is_numeric() or dtype.is_temporal()):
             raise UserError(f"time column {self.name!r} holds {dtype}, not times")
+        if isinstance(dtype, pl.Date | pl.Datetime):  # of another file they may be in other units
+            cells = cells.cast(pl.Datetime("us", getattr(dtype, "time_zone", None)))
         numbers = (cells.to_physical() if dtype.is_temporal() else cells).cast(pl.Float64, strict=False)
         times = pl.col(SPLIT_KEY)
         return Reading([times], [numbers.alias(SPLIT_KEY)], ~times.is_finite().fill_null(False), self._complaint)
@@ -145,9 +147,15 @@ class Time:
 
 
 def plan_split(
-    source: Source, spec: SplitSpec, on_error: OnError
+    source: Source, spec: SplitSpec, readers: Sequence[Reader], on_error: OnError
 ) -> tuple[NamedSplit | Time | None, Callable[[], Divide]]:
     """Prepares to divide a source; by time or order this takes a pass over one column.
+
+    Args:
+        source: The rows.
+        spec: How to divide them.
+        readers: Of the label and the fields; a row that one of them cannot read is in no split.
+        on_error: What happens to such rows.
 
     Returns:
         What reads the column that decides (None if none does), and a function that starts a pass. All passes divide
@@ -159,14 +167,14 @@ def plan_split(
     if spec.kind == "random":
         return None, lambda: _Random(spec).divide
     if spec.kind == "order":
-        rows = sum(chunk.frame.height for chunk in source.chunks(source.columns[:1]))
+        rows = sum(read.rows.height for read in _readable(source, readers[:1], readers, on_error))
         return None, lambda: _Order(rows, spec).divide
     assert spec.column is not None
     if spec.kind == "column":
         return NamedSplit(spec.column), lambda: lambda rows: rows[SPLIT_KEY].to_numpy()
     reader = Time(spec.column)
     reader.decide(source)
-    validation, test = _first_times(source, reader, spec, on_error)
+    validation, test = _first_times(source, reader, spec, readers, on_error)
 
     def divide(rows: pl.DataFrame) -> npt.NDArray[np.int8]:
         times = rows[SPLIT_KEY]
@@ -175,10 +183,12 @@ def plan_split(
     return reader, lambda: divide
 
 
-def _first_times(source: Source, reader: Time, spec: SplitSpec, on_error: OnError) -> tuple[object, object]:
+def _first_times(
+    source: Source, reader: Time, spec: SplitSpec, readers: Sequence[Reader], on_error: OnError
+) -> tuple[object, object]:
     """The times at which validation and test begin; the memory is that of the distinct times."""
     counts: pl.DataFrame | None = None
-    for read in read_rows(source, [reader], Rejects(on_error, None)):
+    for read in _readable(source, [reader], [reader, *readers], on_error):
         chunk = read.rows.group_by(SPLIT_KEY).agg(pl.len())
         both = chunk if counts is None else pl.concat([counts, chunk]).group_by(SPLIT_KEY).agg(pl.col("len").sum())
         counts = both
@@ -191,6 +201,11 @@ def _first_times(source: Source, reader: Time, spec: SplitSpec, on_error: OnErro
     )
     never = "\U0010ffff" if counts.schema[SPLIT_KEY] == pl.String else math.inf
     return (never if first is None else first), (never if second is None else second)
+
+
+def _readable(source: Source, needed: Sequence[Reader], readers: Sequence[Reader], on_error: OnError) -> Iterator[Read]:
+    """The rows that will be divided: where rows may be skipped, only all readers together know which."""
+    return read_rows(source, readers if on_error == "skip" else needed, Rejects(on_error, None))
 
 
 class _Order:

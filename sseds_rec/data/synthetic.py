@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from sseds_rec.data.chunk import Chunk
 from sseds_rec.data.planted import MAX_VALUES, plant
 from sseds_rec.data.prepare import prepare_source
 from sseds_rec.data.schema import SPLITS, Schema
-from sseds_rec.data.sources import Chunk
 from sseds_rec.data.splits import SplitSpec
 from sseds_rec.data.transforms import FieldSpec
 from sseds_rec.data.truth import Floats, Ints, Truth, probability

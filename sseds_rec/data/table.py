@@ -112,8 +112,8 @@ def with_tables(
         option = "hash" if name in hashed else "raw"
         if kinds.get(name, "numeric") == "numeric":
             raise UserError(f"{option} {name!r}: is no categorical or sequence field; list it as one of them too")
-        if rows < 2:
-            raise UserError(f"{option} {name}={rows}: a table has at least 2 rows")
+        if not 2 <= rows <= 2**62:
+            raise UserError(f"{option} {name}={rows}: a table has at least 2 rows, and at most 2^62")
         if name in hashed and name in raw:
             raise UserError(f"field {name!r} is listed both under hash and under raw")
     for name in weights or {}:

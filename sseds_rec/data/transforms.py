@@ -50,6 +50,8 @@ class FieldSpec:
         if self.kind == "sequence":
             return self._sequence(types)
         cells, dtype = pl.col(self.name), types[self.name]
+        if dtype.is_nested():
+            raise UserError(f"column {self.name!r} holds {dtype}: it is no {self.kind} field, perhaps a sequence")
         parsed = pl.col(f"\0{self.name}")
         if self.kind == "numeric":
             numbers, parse = parsed, cells.cast(pl.Float64, strict=False)
@@ -65,8 +67,6 @@ class FieldSpec:
             )
             unreadable = values.is_null() & cells.is_not_null()
         else:
-            if isinstance(dtype, pl.List):
-                raise UserError(f"column {self.name!r} holds lists: it is a sequence field")
             return Reading([cells.cast(pl.String).alias(self.name)])
         return Reading(
             [values.alias(self.name)],
@@ -80,6 +80,8 @@ class FieldSpec:
         parsed = [_elements(pl.col(self.name), types[self.name], self.separator).alias(f"\0{self.name}")]
         ids = elements.list.eval(_int64(pl.element(), pl.String())) if self.transform == "raw" else elements
         bad_id = ids.list.drop_nulls().list.len() != elements.list.drop_nulls().list.len()
+        if self.weights is not None:  # an empty element of a hashed field has id 0, but no integer
+            bad_id = ids.list.drop_nulls().list.len() != elements.list.len()
         if self.weights is None:
             return Reading(
                 [ids.list.drop_nulls().alias(self.name)],
@@ -96,7 +98,7 @@ class FieldSpec:
         return Reading(
             [ids.alias(self.name), numbers.alias(self.weights)],
             parsed,
-            bad_id | ~is_finite | (numbers.list.len() != elements.list.len()),
+            (pl.lit(self.transform == "raw") & bad_id) | ~is_finite | (numbers.list.len() != elements.list.len()),
             lambda row: (
                 f"column {self.weights!r} holds {row[str(self.weights)]!r}, not one finite number for each element "
                 f"of {self.name!r}, {row[self.name]!r}"

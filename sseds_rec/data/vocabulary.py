@@ -45,14 +45,16 @@ class Vocabulary:
         Returns:
             The vocabulary, and what was counted, in short.
         """
-        empty = 0
-        frames = []
-        for frame in counts:
-            empty += _sum(frame.filter(pl.col("value").is_null()))
-            frames.append(_with_ids(frame.drop_nulls("value"), known))
+        empty = rare = 0
+        frequent, magnitudes = [], []
         is_kept = (pl.col("count") >= min_count) | pl.col("id").is_not_null()
-        kept = pl.concat([frame.filter(is_kept) for frame in frames])
-        rare = sum(map(_sum, frames)) - _sum(kept)
+        for frame in counts:  # which may be all that fits in memory
+            seen = _with_ids(frame.drop_nulls("value"), known)
+            frequent.append(seen.filter(is_kept))
+            empty += _sum(frame.filter(pl.col("value").is_null()))
+            rare += _sum(seen) - _sum(frequent[-1])
+            magnitudes.append(_magnitudes(seen))
+        kept = pl.concat(frequent)
 
         before = known.table if known else pl.DataFrame({"value": [None, None], "count": [0, 0]})
         again = pl.DataFrame({"id": [EMPTY, RARE], "more": [empty, rare]}).vstack(
@@ -65,7 +67,7 @@ class Vocabulary:
             [so_far.select("value", pl.col("count") + pl.col("more").fill_null(0)), new.select("value", "count")]
         )
         table = table.with_columns(pl.int_range(pl.len(), dtype=pl.Int32).alias("id"))
-        return cls(table), Counts(empty=empty, rare=rare, magnitudes=_magnitudes(frames))
+        return cls(table), Counts(empty=empty, rare=rare, magnitudes=_together(magnitudes))
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
@@ -155,12 +157,13 @@ def _sum(counts: pl.DataFrame) -> int:
     return int(counts["count"].sum())
 
 
-def _magnitudes(frames: list[pl.DataFrame]) -> list[Magnitude]:
+def _magnitudes(seen: pl.DataFrame) -> pl.DataFrame:
     least = (10 ** pl.col("count").log10().floor()).cast(pl.Int64).alias("least")
-    found = pl.concat(
-        frame.group_by(least).agg(pl.len().cast(pl.Int64).alias("values"), pl.col("count").sum()) for frame in frames
-    )
-    summed = found.group_by("least").agg(pl.all().sum()).sort("least")
+    return seen.group_by(least).agg(pl.len().cast(pl.Int64).alias("values"), pl.col("count").sum())
+
+
+def _together(found: list[pl.DataFrame]) -> list[Magnitude]:
+    summed = pl.concat(found).group_by("least").agg(pl.all().sum()).sort("least")
     return [Magnitude(**row) for row in summed.iter_rows(named=True)]
 
 

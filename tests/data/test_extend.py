@@ -126,6 +126,8 @@ def test_a_remote_store_holds_input_output_and_vocabulary(tmp_path):
         assert sum(len(labels) for _, labels in rows) == 320
         with pytest.raises(UserError, match="test://sets/two: holds a prepared set already"):
             prepare("test://day2.csv", "test://sets/two")
+        with pytest.raises(UserError, match="strange://a.csv: no such store is registered with iopath"):
+            prepare("strange://a.csv", "test://sets/three")
         with pytest.raises(UserError, match="test://nowhere.csv: no such file"):
             prepare("test://nowhere.csv", "test://sets/three")
     local = prepare(tmp_path / "store" / "day2.csv", tmp_path / "local", vocabulary=tmp_path / "store" / "sets" / "one")

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from sseds_rec.data import parts, sources
+from sseds_rec.data import chunk, parts
 from sseds_rec.data.prepare import load_vocabulary
 from sseds_rec.data.schema import SPLITS, Schema
 from sseds_rec.data.table import prepare_table
@@ -126,7 +126,7 @@ def test_same_seed_same_files_other_seed_other_rows(clicks, tmp_path):
 
 
 def test_formats_and_several_files_agree(clicks, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 17)
+    monkeypatch.setattr(chunk, "CHUNK_ROWS", 17)
     monkeypatch.setattr(parts, "PART_ROWS", 30)
     frame = pl.read_csv(clicks).rename({" city ": "city"}).with_columns(pl.col("tags").str.split("|"))
     frame.write_parquet(tmp_path / "t.parquet")
@@ -246,7 +246,7 @@ def test_bad_files_are_one_line(tmp_path, content, message):
 
 
 def test_a_bad_cell_in_a_later_chunk_and_file_has_its_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(chunk, "CHUNK_ROWS", 10)
     (tmp_path / "a.csv").write_text("x,click\n" + "1,0\n" * 25)
     (tmp_path / "b.csv").write_text("x,click\n" + "1,1\n" * 22 + "many,1\n")
     with pytest.raises(UserError, match=r"b\.csv, row 24: numeric column 'x' holds 'many'"):
@@ -289,3 +289,59 @@ def test_a_bad_schema_is_one_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as refused:
         Schema.load(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_columns_may_have_odd_names(tmp_path):
+    frame = pl.DataFrame({name: ["a", "b", None, "a"] * 25 for name in ("count", "value", "id", "split")})
+    frame.with_columns(click=pl.Series([0, 1] * 50)).write_csv(tmp_path / "a.csv")
+    names = frame.columns
+    schema = prepare_table([tmp_path / "a.csv"], tmp_path / "out", label="click", categorical=names, split=(1, 0, 0))
+    train = decoded(tmp_path / "out", schema, "train")
+    assert all(sorted(train[name].drop_nulls()) == ["a"] * 50 + ["b"] * 25 for name in names)
+    frame.rename({"id": "^i.*$"}).with_columns(click=pl.Series([0, 1] * 50)).write_csv(tmp_path / "b.csv")
+    with pytest.raises(UserError, match="cannot be read under this name; rename it"):
+        prepare_table([tmp_path / "b.csv"], tmp_path / "b", label="click", categorical=["^i.*$"])
+
+
+def test_times_of_several_files_are_compared_in_one_unit(tmp_path):
+    for name, year, unit in (("late", 2020, "ms"), ("early", 2010, "us")):
+        days = pl.datetime_range(pl.datetime(year, 1, 1), pl.datetime(year, 1, 31), "1d", time_unit=unit, eager=True)
+        frame = pl.DataFrame({"when": days, "year": [year] * len(days), "click": [day % 2 for day in range(len(days))]})
+        frame.write_parquet(tmp_path / f"{name}.parquet")
+    files, options = (
+        [tmp_path / "late.parquet", tmp_path / "early.parquet"],
+        {"label": "click", "categorical": ["year"]},
+    )
+    schema = prepare_table(files, tmp_path / "out", **options, split_by="time:when", split=(0.5, 0.25, 0.25))
+    assert set(decoded(tmp_path / "out", schema, "train")["year"]) == {"2010"}
+    with pytest.raises(UserError, match="late.parquet: is named twice"):
+        prepare_table([files[0], files[0]], tmp_path / "twice", **options)
+
+
+def test_categories_of_a_parquet_file_are_text(tmp_path):
+    city = pl.Series("city", [" Oslo", "", "Rome", "NA"] * 25, pl.Categorical())
+    pl.DataFrame({"city": city, "click": [0, 1] * 50}).write_parquet(tmp_path / "a.parquet")
+    options = {"label": "click", "categorical": ["city"], "missing": ["NA"], "split": (1, 0, 0)}
+    schema = prepare_table([tmp_path / "a.parquet"], tmp_path / "out", **options)
+    found = decoded(tmp_path / "out", schema, "train")["city"]
+    assert sorted(found.drop_nulls()) == ["Oslo"] * 25 + ["Rome"] * 25 and schema.fields[0].counts.empty == 50
+
+
+def test_two_runs_do_not_write_one_folder(prepare, tmp_path):
+    with parts.new_folder(tmp_path / "out") as folder:
+        with pytest.raises(UserError, match="out: another run is writing it"):
+            prepare()
+        (folder / "schema.json").write_text("first")
+    assert (tmp_path / "out" / "schema.json").read_text() == "first"
+    assert sorted(os.listdir(tmp_path)) == ["clicks.csv", "out"]
+    with pytest.raises(UserError, match="holds a prepared set already"):
+        prepare()
+    assert sorted(os.listdir(tmp_path)) == ["clicks.csv", "out"]
+
+
+def test_a_run_killed_while_it_replaced_a_set_has_not_lost_it(prepare, tmp_path):
+    first = prepare()
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    with pytest.raises(UserError, match="holds a prepared set already"):
+        prepare()
+    assert Schema.load(tmp_path / "out") == first

@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from sseds_rec.data import parts, sources
+from sseds_rec.data import chunk, delimited, parts
 from sseds_rec.data.avazu import prepare_avazu
 from sseds_rec.data.criteo import CATEGORICAL, NUMERIC, prepare_criteo
 from sseds_rec.data.prepare import load_vocabulary
@@ -57,8 +57,8 @@ def bucket(cell: str) -> int | None:
 
 @pytest.mark.parametrize("name", ["generated", "the real sample"])
 def test_criteo_counts_agree_with_an_independent_count(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 700)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1 << 15)
+    monkeypatch.setattr(chunk, "CHUNK_ROWS", 700)
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 1 << 15)
     if name == "generated":
         lines, files = criteo_lines(2000), [tmp_path / "day_0", tmp_path / "day_1.txt.gz"]
         files[0].write_text("\n".join(lines[:1200]) + "\n")
@@ -93,7 +93,7 @@ def test_criteo_counts_agree_with_an_independent_count(tmp_path, monkeypatch, na
 
 
 def test_criteo_by_time_divides_in_the_order_of_the_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(chunk, "CHUNK_ROWS", 64)
     monkeypatch.setattr(parts, "PART_ROWS", 100)
     lines = criteo_lines(500)
     (tmp_path / "a.txt").write_text("\n".join(lines) + "\n")

@@ -8,6 +8,7 @@ import xxhash
 
 from sseds_rec.data.loader import Loader
 from sseds_rec.data.table import prepare_table
+from sseds_rec.errors import UserError
 
 ROWS = 300
 
@@ -75,3 +76,14 @@ def test_cells_reach_the_kjt(rows, tmp_path):
             assert cells["shops"][position].tolist() == raw["shops"]
             seen += 1
     assert seen == ROWS
+
+
+def test_an_empty_element_is_no_raw_id_with_a_weight(tmp_path):
+    lines = ["tags,weight,click", *(f"1|2,0.5|1,{row % 2}" for row in range(20)), "3||4,1|2|3,0"]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    options = {"label": "click", "sequence": ["tags"], "weights": {"tags": "weight"}, "split": (1, 0, 0)}
+    with pytest.raises(UserError, match=r"a\.csv, row 22: .*'tags'"):
+        prepare_table([tmp_path / "a.csv"], tmp_path / "raw", raw={"tags": 50}, **options)
+    prepare_table([tmp_path / "a.csv"], tmp_path / "hashed", hashed={"tags": 50}, **options)  # which has an id for it
+    (batch,) = Loader(tmp_path / "hashed", "train", 21)
+    assert sorted(batch.sparse["tags"].lengths().tolist()) == [2] * 20 + [3]
