@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-CHUNK_ROWS = 1 << 17  # at most
+CHUNK_ROWS = 1 << 18  # at most
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from sseds_rec.data import chunk
+from sseds_rec.data.ahead import read_ahead
 from sseds_rec.data.chunk import Chunk, Malformed
 from sseds_rec.errors import UserError
 
@@ -75,7 +76,8 @@ class Delimited:
         """Reads the named columns as text; a column that is not all UTF-8 stays binary in its chunk."""
         malformed: list[Malformed] = []
         first = 1 + self.header
-        for batches in self._gathered(raw, wanted, malformed):
+        # Parsing has a thread of its own: together with what follows it would be slower than the use of the chunks.
+        for batches in read_ahead(lambda: self._gathered(raw, wanted, malformed), depth=1):
             padded = {name for name in wanted if any(_has(batch.column(name), b" \t") for batch in batches)}
             frame = _text_frame(batches)
             broken = [name for name in wanted if self.quoted and any(_has(b.column(name), b"\n\r") for b in batches)]

@@ -13,6 +13,7 @@ EMPTY = 0  # the cell was empty
 RARE = 1  # seen less than min_count times in the train split, or never
 RESERVED = 2  # ids from here on: frequent values by descending count, ties by value
 
+_FEW = 1 << 18
 _INDEXED_CELLS = 1 << 20  # cells looked up before the index forgets the unknown values that it has met
 
 
@@ -96,19 +97,24 @@ class Vocabulary:
     def _look_up(self, cells: int) -> Callable[[pl.Expr], pl.Expr]:
         """What finds the codes of values: the place among the frequent values, or beyond them; null where empty.
 
-        `replace_strict` builds a hash index in every call. For text there is a quicker one that is kept: a set of
-        categories, in which the frequent values have the first codes. Unknown values get codes after them, and memory; so it
-        is made anew from time to time.
+        Up to `_FEW` values are hashed in every call. More are kept in an index for text, a set of categories in which the
+        frequent values have the first codes. Unknown values get codes after them, and memory; so it is made anew from time
+        to time.
         """
         frequent = self.table["value"][RESERVED:]
+        beyond = len(frequent)
         if frequent.dtype != pl.String:
-            codes = pl.int_range(len(frequent), dtype=pl.UInt32, eager=True)
-            beyond = len(frequent)
+            codes = pl.int_range(beyond, dtype=pl.UInt32, eager=True)
             return lambda values: pl.when(values.is_not_null()).then(
                 values.replace_strict(frequent, codes, default=beyond, return_dtype=pl.UInt32)
             )
+        if beyond <= _FEW:
+            enumeration = pl.Enum(frequent)
+            return lambda values: pl.when(values.is_not_null()).then(
+                values.cast(enumeration, strict=False).to_physical().cast(pl.UInt32).fill_null(beyond)
+            )
         self._cells += cells
-        if self._index is None or self._cells > max(_INDEXED_CELLS, len(frequent)):
+        if self._index is None or self._cells > max(_INDEXED_CELLS, beyond):
             self._index, self._cells = frequent.cast(pl.Categorical(pl.Categories.random())), cells
         categories = self._index.dtype
         return lambda values: values.cast(categories).to_physical()

@@ -40,13 +40,14 @@ def read(spec, column):
     )
 
 
-@pytest.fixture(params=["at once", "spilled", "indexed anew"], scope="module", autouse=True)
+@pytest.fixture(params=["few", "spilled", "indexed"], scope="module", autouse=True)
 def ways(request):
-    """Counts in memory and on disk; an index of values that is kept, or often made anew."""
+    """Counts in memory and on disk; values hashed in every call, and an index that is often made anew."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "spilled":
             patch.setattr(counting, "HELD_VALUES", 3)
-        if request.param == "indexed anew":
+        if request.param == "indexed":
+            patch.setattr(vocabulary, "_FEW", -1)
             patch.setattr(vocabulary, "_INDEXED_CELLS", 5)
         yield
 
