@@ -346,7 +346,7 @@ def _refused_on_rank(rank: int, world_size: int, placement: str, rows: int) -> s
 
 def test_what_cannot_be_is_refused_by_name() -> None:
     said = run_ranks(2, _refused_on_rank, "data_parallel", 16)
-    assert all("table device" in line and "set train.table_optimizer=rowwise_adagrad" in line for line in said)
+    assert all("field device" in line and "set train.table_optimizer=rowwise_adagrad" in line for line in said)
     said = run_ranks(2, _refused_on_rank, "auto", 17)
     assert all("table device: its 17 rows for raw ids do not divide by 2 ranks" in line for line in said)
 
@@ -407,7 +407,7 @@ def test_a_run_on_raw_and_weighted_fields(tmp_path: Path, sseds: Callable[..., C
     config, run = tmp_path / "raw.yaml", tmp_path / "run"
     config.write_text(CONFIG.replace("DATA", str(tmp_path / "data")))
     refused = sseds("run", config, "train.table_optimizer=adam", "--run-dir", tmp_path / "refused")
-    assert refused.code == 2 and "table device" in refused.err
+    assert refused.code == 2 and "field device" in refused.err
     assert refused.err.splitlines()[-1].endswith("set train.table_optimizer=rowwise_adagrad and sharding.type=auto")
     done = sseds("run", config, "--run-dir", run)
     assert done.code == 0, done.err
