@@ -346,7 +346,7 @@ def _refused_on_rank(rank: int, world_size: int, placement: str, rows: int) -> s
 
 def test_what_cannot_be_is_refused_by_name() -> None:
     said = run_ranks(2, _refused_on_rank, "data_parallel", 16)
-    assert all("field device" in line and "set train.table_optimizer=rowwise_adagrad" in line for line in said)
+    assert all("table device" in line and "set train.table_optimizer=rowwise_adagrad" in line for line in said)
     said = run_ranks(2, _refused_on_rank, "auto", 17)
     assert all("table device: its 17 rows for raw ids do not divide by 2 ranks" in line for line in said)
 
