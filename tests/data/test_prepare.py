@@ -64,7 +64,6 @@ def prepare(tmp_path, clicks):
     return run
 
 
-@pytest.mark.skipif(not CENSUS.exists(), reason="needs the census file")
 def test_census_counts_agree_with_the_csv_module(tmp_path):
     with gzip.open(CENSUS, "rt") as stream:
         lines = list(itertools.islice(stream, 8000))

@@ -31,7 +31,7 @@ from sseds_rec.search.tap import plan_tables
 from sseds_rec.training.checkpoint import load_weights, save_weights
 from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer
 from tests.command import Command
-from tests.models.plain import plain_deepfm
+from tests.models.plain import explicit_scores, plain_deepfm
 from tests.ranks import run_ranks
 
 ROWS = {"hour": 24, "device": 16, "tags": 32}  # more devices than rows, fewer tags
@@ -217,17 +217,12 @@ def test_lookups_and_scores_are_those_of_the_map_and_leave_it_alone(
     alpha = {name: torch.ones(D, dtype=torch.float64, requires_grad=True) for name in ROWS}
     fields = _pooled(bags, {name: table.double() * alpha[name] for name, table in tables.items()}, maps)
     logits = plain_deepfm(over.double(), dense.double(), fields)
-    loss = F.binary_cross_entropy_with_logits(logits, _labels().double())
-    raw = {"snip": [g.abs() for g in torch.autograd.grad(loss, list(alpha.values()), retain_graph=True)]}
-    own = [torch.autograd.grad(z, list(alpha.values()), retain_graph=True) for z in logits]
-    p = logits.sigmoid().detach()
-    raw["ggn"] = [sum(p[b] * (1 - p[b]) * own[b][t].square() for b in range(COUNT)) for t in range(len(ROWS))]  # type: ignore[misc]
-    for criterion, values in raw.items():
-        total = sum(float(v.sum()) for v in values)
+    for criterion in ("snip", "ggn"):
+        expected_scores = explicit_scores(logits, _labels().double(), alpha, criterion)
         for answer in answers:
-            for (name, path), value in zip(PATHS.items(), values, strict=True):
+            for name, path in PATHS.items():
                 scores = answer["scores"][criterion][f"{path}.{name}"]
-                torch.testing.assert_close(scores, value / total, rtol=1e-4, atol=1e-8)
+                torch.testing.assert_close(scores, expected_scores[name], rtol=1e-4, atol=1e-8)
 
 
 def _evicted_on_rank(rank: int, world_size: int) -> tuple[list[Tensor], list[Tensor]]:

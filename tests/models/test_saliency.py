@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
@@ -15,7 +14,7 @@ from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import ShardingConfig, shard
 from sseds_rec.models import ModelConfig, build_model
 from sseds_rec.training.optimizers import fuse_table_optimizer
-from tests.models.plain import plain_deepfm
+from tests.models.plain import explicit_scores, fill_tables, plain_deepfm
 from tests.ranks import run_ranks
 
 ROWS = {"user": 40, "ad": 25, "hour": 6}
@@ -57,12 +56,7 @@ def _scores_on_rank(
     fuse_table_optimizer(model, "rowwise_adagrad", 0.1, placement)  # type: ignore[arg-type]
     config = ShardingConfig(type=placement)  # type: ignore[arg-type]
     sharded = shard(model, config, Runtime(rank, world_size, torch.device("cpu")), COUNT)
-    for name, value in sharded.state_dict().items():
-        for part in value.local_shards() if hasattr(value, "local_shards") else []:
-            (row, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
-            part.tensor.copy_(_tables()[name.split(".")[-2]][row : row + rows, column : column + columns])
-        if name.startswith("embeddings.") and not hasattr(value, "local_shards"):
-            value.copy_(_tables()[name.split(".")[-2]])
+    fill_tables(sharded, _tables())
     cut = 40 if world_size == 2 else COUNT
     batch = _batch(0, cut) if rank == 0 else _batch(cut, COUNT)
     return dict(sr.score_dimensions(sharded, [batch], criterion)), {
@@ -81,14 +75,7 @@ def test_scores_equal_explicit_alpha_on_a_plain_copy(world_size: int, placement:
     alpha = {name: torch.ones(D, dtype=torch.float64, requires_grad=True) for name in ROWS}
     fields = {name: _tables()[name].double()[ids[name]] * alpha[name] for name in ROWS}
     logits = plain_deepfm(plain, dense.double(), fields)  # type: ignore[arg-type]
-    if criterion == "snip":
-        loss = F.binary_cross_entropy_with_logits(logits, labels.double())
-        raw = [g.abs() for g in torch.autograd.grad(loss, list(alpha.values()))]
-    else:
-        own = [torch.autograd.grad(z, list(alpha.values()), retain_graph=True) for z in logits]
-        p = logits.sigmoid().detach()
-        raw = [sum(p[b] * (1 - p[b]) * own[b][t].square() for b in range(COUNT)) for t in range(len(ROWS))]  # type: ignore[misc]
-    total = sum(float(values.sum()) for values in raw)
+    expected = explicit_scores(logits, labels.double(), alpha, criterion)
     for scores, _ in answers:
-        for name, values in zip(ROWS, raw, strict=True):
-            torch.testing.assert_close(scores[name], values / total, rtol=1e-5, atol=1e-10)
+        for name, values in expected.items():
+            torch.testing.assert_close(scores[name], values, rtol=1e-5, atol=1e-10)

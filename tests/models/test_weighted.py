@@ -21,7 +21,7 @@ from sseds_rec.models import ModelConfig, build_model, build_slim_model, plan_fo
 from sseds_rec.models.ticket import load_ticket
 from sseds_rec.search.scores import DimensionScores, Table
 from sseds_rec.training.optimizers import fuse_table_optimizer
-from tests.models.plain import plain_deepfm
+from tests.models.plain import explicit_scores, fill_tables, plain_deepfm
 from tests.ranks import run_ranks
 
 ROWS = {"user": 40, "tags": 25, "history": 30}
@@ -85,18 +85,6 @@ def _pooled(tables: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _fill(model: nn.Module) -> None:
-    for name, value in model.state_dict().items():
-        if not name.startswith("embeddings."):
-            continue
-        table = _tables()[name.split(".")[-2]]
-        for part in value.local_shards() if hasattr(value, "local_shards") else []:
-            (row, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
-            part.tensor.copy_(table[row : row + rows, column : column + columns])
-        if not hasattr(value, "local_shards"):
-            value.copy_(table)
-
-
 def _own_batch(rank: int, world_size: int) -> Batch:
     cut = 30 if world_size == 2 else COUNT
     return _batch(0, cut) if rank == 0 else _batch(cut, COUNT)
@@ -110,7 +98,7 @@ def _scores_on_rank(
     fuse_table_optimizer(model, "rowwise_adagrad", 0.1, placement)  # type: ignore[arg-type]
     config = ShardingConfig(type=placement)  # type: ignore[arg-type]
     sharded = shard(model, config, Runtime(rank, world_size, torch.device("cpu")), COUNT)
-    _fill(sharded)
+    fill_tables(sharded, _tables())
     return dict(sr.score_dimensions(sharded, [_own_batch(rank, world_size)], criterion)), {
         name: value.clone() for name, value in sharded.state_dict().items() if name.startswith("over.")
     }
@@ -128,17 +116,10 @@ def test_scores_equal_explicit_alpha_on_a_plain_copy(world_size: int, placement:
     alpha = {name: torch.ones(D, dtype=torch.float64, requires_grad=True) for name in ROWS}
     fields = _pooled({name: table.double() * alpha[name] for name, table in _tables().items()})
     logits = plain_deepfm(plain, torch.empty(COUNT, 0).double(), fields)  # type: ignore[arg-type]
-    if criterion == "snip":
-        loss = F.binary_cross_entropy_with_logits(logits, _labels().double())
-        raw = [g.abs() for g in torch.autograd.grad(loss, list(alpha.values()))]
-    else:
-        own = [torch.autograd.grad(z, list(alpha.values()), retain_graph=True) for z in logits]
-        p = logits.sigmoid().detach()
-        raw = [sum(p[b] * (1 - p[b]) * own[b][t].square() for b in range(COUNT)) for t in range(len(ROWS))]  # type: ignore[misc]
-    total = sum(float(values.sum()) for values in raw)
+    expected = explicit_scores(logits, _labels().double(), alpha, criterion)
     for scores, _ in answers:
-        for name, values in zip(ROWS, raw, strict=True):
-            torch.testing.assert_close(scores[name], values / total, rtol=1e-5, atol=1e-10)
+        for name, values in expected.items():
+            torch.testing.assert_close(scores[name], values, rtol=1e-5, atol=1e-10)
 
 
 def test_without_weights_sequences_are_averaged_by_their_table() -> None:
