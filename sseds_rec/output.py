@@ -10,8 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-#: Results; progress goes to stderr (`sseds_rec.training.progress`).
+#: Results.
 console = Console(highlight=False, soft_wrap=True)
+
+#: What happens until they are there.
+progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+#: Between lines of progress when nobody watches a terminal.
+LINE_SECONDS = 10.0
 
 
 def silence_libraries() -> None:

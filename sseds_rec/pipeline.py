@@ -15,10 +15,10 @@ from sseds_rec.data.dataset import open_dataset
 from sseds_rec.data.loader import Loader
 from sseds_rec.data.schema import SPLITS, SplitName
 from sseds_rec.distributed.runtime import Runtime
-from sseds_rec.distributed.sharding import shard
+from sseds_rec.distributed.sharding import raw_ids_refused, shard
 from sseds_rec.errors import UserError
 from sseds_rec.files import write_json, write_text
-from sseds_rec.models import CtrModel, build_model, build_slim_model, plan_for, rows_of, table_names
+from sseds_rec.models import CtrModel, build_model, build_slim_model, plan_for, raw_fields, rows_of, table_names
 from sseds_rec.models.ticket import load_ticket
 from sseds_rec.report.html import write_report
 from sseds_rec.run_directory import RunDirectory
@@ -82,12 +82,9 @@ class Pipeline:
                     f"{config.data.path}: the labels of the {split} split are all the same, so AUC is undefined; "
                     "split the data again"
                 )
-        raw = [field.name for field in schema.sparse_fields if field.transform == "raw"]
+        raw = raw_fields(schema)
         if raw and self.placement == "data_parallel":
-            raise UserError(
-                f"field {raw[0]}: TorchRec splits tables of raw ids by rows and trains them with fused optimizers, of which "
-                "Adam is not on a CPU; set train.table_optimizer=rowwise_adagrad and sharding.type=auto"
-            )
+            raise raw_ids_refused(f"field {raw[0]}")
         names = table_names(schema)
         tables = {
             names[field.name]: Table(rows_of(field), config.model.embedding_dim) for field in schema.sparse_fields

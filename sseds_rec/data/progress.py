@@ -4,14 +4,10 @@ import sys
 import time
 from collections.abc import Iterator
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from sseds_rec.data.cells import Read
-
-_LINE_SECONDS = 10.0
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+from sseds_rec.output import LINE_SECONDS, progress_console
 
 
 def shown(title: str, reads: Iterator[Read]) -> Iterator[Read]:
@@ -25,13 +21,13 @@ def shown(title: str, reads: Iterator[Read]) -> Iterator[Read]:
         TextColumn("{task.fields[info]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=progress_console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(title, total=None, info="")
         for read in reads:
             yield read
             rows += read.rows.height
             info = f"{rows:,} rows  {rows / (time.monotonic() - begun):,.0f} rows/s"
             bar.update(task, total=None if read.done is None else 1.0, completed=read.done or 0.0, info=info)
-            if bar.disable and time.monotonic() - last_line >= _LINE_SECONDS:
+            if bar.disable and time.monotonic() - last_line >= LINE_SECONDS:
                 last_line = time.monotonic()
-                console.print(f"{title}: {info}" + ("" if read.done is None else f"  {read.done:.0%}"))
+                progress_console.print(f"{title}: {info}" + ("" if read.done is None else f"  {read.done:.0%}"))

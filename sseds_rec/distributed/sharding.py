@@ -109,13 +109,18 @@ def topology(runtime: Runtime) -> Topology:
     )
 
 
+def raw_ids_refused(which: str) -> UserError:
+    """The error about a table or field of raw ids that was to be data-parallel."""
+    return UserError(
+        f"{which}: TorchRec splits tables of raw ids by rows and trains them with fused optimizers, of which "
+        "Adam is not on a CPU; set train.table_optimizer=rowwise_adagrad and sharding.type=auto"
+    )
+
+
 def _row_wise(table: EmbeddingBagConfig, asked: Placement, where: Topology) -> Placement:
     """The placement of a table of raw ids."""
     if asked == "data_parallel":
-        raise UserError(
-            f"table {table.name}: TorchRec splits tables of raw ids by rows and trains them with fused optimizers, of which "
-            "Adam is not on a CPU; set train.table_optimizer=rowwise_adagrad and sharding.type=auto"
-        )
+        raise raw_ids_refused(f"table {table.name}")
     if table.num_embeddings % where.world_size or table.num_embeddings < 2 * where.world_size:
         raise UserError(
             f"table {table.name}: its {table.num_embeddings:,} rows for raw ids do not divide by {where.world_size} ranks, "

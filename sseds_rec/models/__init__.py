@@ -5,7 +5,7 @@ from sseds_rec import _fbgemm
 _fbgemm.check()  # before anything imports TorchRec
 
 from sseds_rec.models import deepfm
-from sseds_rec.models.ctr import CtrModel, build_model, build_slim_model, plan_for, rows_of, table_names
+from sseds_rec.models.ctr import CtrModel, build_model, build_slim_model, plan_for, raw_fields, rows_of, table_names
 from sseds_rec.models.registry import MODELS, ModelConfig
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "build_slim_model",
     "deepfm",
     "plan_for",
+    "raw_fields",
     "rows_of",
     "table_names",
 ]

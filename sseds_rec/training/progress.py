@@ -10,15 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sseds_rec.files import write_text
-
-#: Seconds between lines when nobody watches a terminal.
-_LINE_SECONDS = 10.0
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+from sseds_rec.output import LINE_SECONDS, progress_console
 
 
 class StepReporter:
@@ -55,7 +50,7 @@ class StepReporter:
             TextColumn("{task.fields[info]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console, transient=True) as self._bar:
+        with Progress(*columns, console=progress_console, transient=True) as self._bar:
             self._task = self._bar.add_task(self._title, total=steps, completed=first, info="")
             yield
         self._bar = None
@@ -67,15 +62,15 @@ class StepReporter:
         info = f"loss {loss:.4f}  {samples_per_second:,.0f} samples/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, info=info)
-        elif time.monotonic() - self._last_line >= _LINE_SECONDS:
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             eta = (self._last_line - self._begun) / max(done - self._first, 1) * (self._steps - done)
-            console.print(f"{self._title}: {done}/{self._steps} steps  {info}  ETA {eta:.0f} s")
+            progress_console.print(f"{self._title}: {done}/{self._steps} steps  {info}  ETA {eta:.0f} s")
 
     def line(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
         if self.enabled:
-            (self._bar.console if self._bar else console).print(f"{self.stage}: {text}")
+            (self._bar.console if self._bar else progress_console).print(f"{self.stage}: {text}")
 
 
 class History:
