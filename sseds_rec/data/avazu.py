@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 import polars as pl
+from typing_extensions import Unpack
 
-from sseds_rec.data.cells import OnError, Reading
-from sseds_rec.data.prepare import prepare_source
+from sseds_rec.data.cells import Reading
+from sseds_rec.data.prepare import PrepareOptions, prepare_source
 from sseds_rec.data.schema import Schema
 from sseds_rec.data.sources import Files
-from sseds_rec.data.splits import SplitSpec
+from sseds_rec.data.splits import random_or_time
 from sseds_rec.data.table import with_tables
 from sseds_rec.data.transforms import FieldSpec
-from sseds_rec.errors import UserError
 
 CATEGORICAL = (
     ["C1", "banner_pos", "site_id", "site_domain", "site_category", "app_id", "app_domain", "app_category"]
@@ -55,10 +55,7 @@ def prepare_avazu(
     split_by: Literal["random", "time"] = "random",
     min_count: int = 10,
     seed: int = 0,
-    overwrite: bool = False,
-    on_error: OnError = "refuse",
-    vocabulary: str | Path | None = None,
-    grow: bool = False,
+    **options: Unpack[PrepareOptions],
 ) -> Schema:
     """Prepares `train.csv` (or `train.gz`) of Kaggle's Avazu competition: eleven days of clicks.
 
@@ -74,16 +71,11 @@ def prepare_avazu(
         split_by: `random`, or `time`: the first hours train, the last ones test.
         min_count: Values seen less often in the train split share one id.
         seed: Of the split and of the stored order of the train rows.
-        overwrite: Replace an earlier prepared set.
-        on_error: Refuse a row that cannot be read, or skip it.
-        vocabulary: A prepared set whose ids are used.
-        grow: Add ids to it.
+        options: See `PrepareOptions`.
 
     Raises:
         UserError: Bad input; the line names the file and the row. Nothing is left in `output`.
     """
-    if split_by not in ("random", "time"):
-        raise UserError(f"split-by {split_by!r}: must be random or time for Avazu")
     fields = [
         TimeField("hour_of_day", min_count=min_count, part="%H"),
         TimeField("weekday", min_count=min_count, part="%a"),
@@ -94,10 +86,7 @@ def prepare_avazu(
         output,
         label="click",
         fields=with_tables(fields, hashed or {}, {}),
-        splits=SplitSpec("time:hour" if split_by == "time" else split_by, split, seed),
+        splits=random_or_time(split_by, "time:hour", split, seed, "Avazu"),
         origin={"recipe": "avazu", "inputs": [str(path) for path in inputs]},
-        overwrite=overwrite,
-        on_error=on_error,
-        vocabulary=vocabulary,
-        grow=grow,
+        **options,
     )

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from sseds_rec.data.cells import OnError
-from sseds_rec.data.prepare import prepare_source
+from typing_extensions import Unpack
+
+from sseds_rec.data.prepare import PrepareOptions, prepare_source
 from sseds_rec.data.schema import Schema
 from sseds_rec.data.sources import Files
-from sseds_rec.data.splits import SplitSpec
+from sseds_rec.data.splits import random_or_time
 from sseds_rec.data.table import with_tables
-from sseds_rec.data.transforms import FieldSpec
-from sseds_rec.errors import UserError
+from sseds_rec.data.transforms import FieldSpec, numeric_transform
 
 NUMERIC = [f"I{number}" for number in range(1, 14)]
 CATEGORICAL = [f"C{number}" for number in range(1, 27)]
@@ -27,10 +27,7 @@ def prepare_criteo(
     split_by: Literal["random", "time"] = "random",
     min_count: int = 10,
     seed: int = 0,
-    overwrite: bool = False,
-    on_error: OnError = "refuse",
-    vocabulary: str | Path | None = None,
-    grow: bool = False,
+    **options: Unpack[PrepareOptions],
 ) -> Schema:
     """Prepares files of the Criteo Display Advertising Challenge or the Criteo Terabyte Click Logs.
 
@@ -47,17 +44,12 @@ def prepare_criteo(
         split_by: `random`, or `time`: the first rows train, the last ones test.
         min_count: Values seen less often in the train split share one id.
         seed: Of the split and of the stored order of the train rows.
-        overwrite: Replace an earlier prepared set.
-        on_error: Refuse a row that cannot be read, or skip it.
-        vocabulary: A prepared set whose ids are used.
-        grow: Add ids to it.
+        options: See `PrepareOptions`.
 
     Raises:
         UserError: Bad input; the line names the file and the row. Nothing is left in `output`.
     """
-    if split_by not in ("random", "time"):
-        raise UserError(f"split-by {split_by!r}: must be random or time for Criteo")
-    transform: Literal["log2_bucket", "log1p"] = "log1p" if numeric_as == "dense" else "log2_bucket"
+    transform = numeric_transform(numeric_as)
     fields = [
         *(FieldSpec(name, "numeric", transform, min_count=min_count) for name in NUMERIC),
         *(FieldSpec(name, min_count=min_count) for name in CATEGORICAL),
@@ -67,10 +59,7 @@ def prepare_criteo(
         output,
         label="click",
         fields=with_tables(fields, hashed or {}, {}),
-        splits=SplitSpec("order" if split_by == "time" else split_by, split, seed),
+        splits=random_or_time(split_by, "order", split, seed, "Criteo"),
         origin={"recipe": "criteo", "inputs": [str(path) for path in inputs]},
-        overwrite=overwrite,
-        on_error=on_error,
-        vocabulary=vocabulary,
-        grow=grow,
+        **options,
     )

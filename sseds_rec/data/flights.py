@@ -12,7 +12,7 @@ import polars as pl
 from sseds_rec.data.prepare import prepare_source
 from sseds_rec.data.schema import Schema
 from sseds_rec.data.sources import Frame
-from sseds_rec.data.splits import SplitSpec
+from sseds_rec.data.splits import random_or_time
 from sseds_rec.data.transforms import FieldSpec
 from sseds_rec.errors import UserError
 
@@ -54,9 +54,7 @@ def prepare_flights(
     Raises:
         UserError: The package is not installed, or an argument is bad. Nothing is left in `output`.
     """
-    if split_by not in ("random", "time"):
-        raise UserError(f"split-by {split_by!r}: must be random or time for the flights")
-    splits = SplitSpec("time:date" if split_by == "time" else split_by, split, seed)
+    splits = random_or_time(split_by, "time:date", split, seed, "the flights")
     folder = _package_data()
     with zipfile.ZipFile(folder / "flights.csv.zip") as archive:
         flights = _read(archive.read("flights.csv"))

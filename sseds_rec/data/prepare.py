@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from urllib.parse import quote
 
 import numpy as np
@@ -25,6 +25,23 @@ from sseds_rec.files import join
 REJECTED = "rejected.csv"
 
 
+class PrepareOptions(TypedDict, total=False):
+    """What all recipes that read files let their users choose.
+
+    Attributes:
+        overwrite: Replace an earlier prepared set.
+        on_error: What to do with a row that cannot be read: refuse the input, or skip, count and list it in
+            `rejected.csv`.
+        vocabulary: A prepared set whose ids are used instead of counting anew.
+        grow: Give ids to values that the vocabulary lacks and that are frequent in these train rows, after its own.
+    """
+
+    overwrite: bool
+    on_error: OnError
+    vocabulary: str | Path | None
+    grow: bool
+
+
 def prepare_source(
     source: Source,
     output: str | Path,
@@ -42,7 +59,7 @@ def prepare_source(
 ) -> Schema:
     """What every recipe ends in. Memory is bounded by the size of a part and of the vocabularies, whatever the rows.
 
-    Args not named here are those of `table.prepare_table`.
+    Args not named here are those of `table.prepare_table` and `PrepareOptions`.
 
     Args:
         source: The rows; they are read twice, or by time or order three times.

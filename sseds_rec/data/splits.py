@@ -87,6 +87,24 @@ class SplitSpec:
         return self.by.partition(":")[2].strip() or None
 
 
+def random_or_time(split_by: str, by_time: str, fractions: Sequence[float], seed: int, data: str) -> SplitSpec:
+    """The split of a recipe that knows what time is in its data.
+
+    Args:
+        split_by: `random`, or `time`, which is `SplitSpec.by` = `by_time`.
+        by_time: `order` or `time:COLUMN`.
+        fractions: See `SplitSpec`.
+        seed: See `SplitSpec`.
+        data: What is divided, for people.
+
+    Raises:
+        UserError: `split_by` is something else, or the fractions are bad.
+    """
+    if split_by not in ("random", "time"):
+        raise UserError(f"split-by {split_by!r}: must be random or time for {data}")
+    return SplitSpec(by_time if split_by == "time" else split_by, fractions, seed)
+
+
 @dataclass(frozen=True)
 class NamedSplit:
     """Reads a column whose values name the split."""

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from sseds_rec.data.cells import OnError
-from sseds_rec.data.prepare import prepare_source
+from typing_extensions import Unpack
+
+from sseds_rec.data.prepare import PrepareOptions, prepare_source
 from sseds_rec.data.schema import Schema
 from sseds_rec.data.sources import Files
 from sseds_rec.data.splits import SplitSpec
-from sseds_rec.data.transforms import FieldSpec
+from sseds_rec.data.transforms import FieldSpec, numeric_transform
 from sseds_rec.errors import UserError
 
 
@@ -34,10 +35,7 @@ def prepare_table(
     separator: str = "|",
     columns: Sequence[str] = (),
     missing: Sequence[str] = (),
-    overwrite: bool = False,
-    on_error: OnError = "refuse",
-    vocabulary: str | Path | None = None,
-    grow: bool = False,
+    **options: Unpack[PrepareOptions],
 ) -> Schema:
     """Prepares any CSV, TSV or Parquet table.
 
@@ -61,11 +59,7 @@ def prepare_table(
         separator: Between the elements of a sequence.
         columns: Names of all columns, for CSV and TSV files without a header line.
         missing: Cells to read as empty, for example `NA`.
-        overwrite: Replace an earlier prepared set.
-        on_error: What to do with a row that cannot be read: refuse the input, or skip, count and list it in
-            `rejected.csv`.
-        vocabulary: A prepared set whose ids are used instead of counting anew.
-        grow: Give ids to values that the vocabulary lacks and that are frequent in these train rows, after its own.
+        options: See `PrepareOptions`.
 
     Returns:
         The schema, as written to `output`.
@@ -73,26 +67,21 @@ def prepare_table(
     Raises:
         UserError: Bad input; the line names the file, the row and the column. Nothing is left in `output`.
     """
-    if numeric_as not in ("log2_bucket", "dense"):
-        raise UserError(f"numeric-as {numeric_as!r}: must be log2_bucket or dense")
-    transform: Literal["log2_bucket", "log1p"] = "log1p" if numeric_as == "dense" else "log2_bucket"
+    transform = numeric_transform(numeric_as)
     fields = [
         *(FieldSpec(name, "categorical", min_count=min_count) for name in categorical),
         *(FieldSpec(name, "numeric", transform, min_count=min_count) for name in numeric),
         *(FieldSpec(name, "sequence", min_count=min_count, separator=separator) for name in sequence),
     ]
     return prepare_source(
-        Files([str(path) for path in inputs], columns, missing),
+        Files(inputs, columns, missing),
         output,
         label=label,
         fields=with_tables(fields, hashed or {}, raw or {}, weights or {}),
         splits=SplitSpec(split_by, split, seed),
         positive=positive,
         origin={"recipe": "table", "inputs": [str(path) for path in inputs]},
-        overwrite=overwrite,
-        on_error=on_error,
-        vocabulary=vocabulary,
-        grow=grow,
+        **options,
     )
 
 

@@ -76,17 +76,19 @@ class FieldSpec:
         )
 
     def _sequence(self, types: pl.Schema) -> Reading:
-        elements = pl.col(f"\0{self.name}")
-        parsed = [_elements(pl.col(self.name), types[self.name], self.separator).alias(f"\0{self.name}")]
-        ids = elements.list.eval(_int64(pl.element(), pl.String())) if self.transform == "raw" else elements
-        bad_id = ids.list.drop_nulls().list.len() != elements.list.drop_nulls().list.len()
-        if self.weights is not None:  # an empty element of a hashed field has id 0, but no integer
-            bad_id = ids.list.drop_nulls().list.len() != elements.list.len()
+        elements, parse = pl.col(f"\0{self.name}"), _elements(pl.col(self.name), types[self.name], self.separator)
+        if self.weights is None:
+            parse = parse.list.drop_nulls()  # where there are weights, one of them belongs to an empty element
+        parsed = [parse.alias(f"\0{self.name}")]
+        ids, bad_id = elements, None
+        if self.transform == "raw":
+            ids = elements.list.eval(_int64(pl.element(), pl.String()))
+            bad_id = ids.list.eval(pl.element().is_null()).list.any()
         if self.weights is None:
             return Reading(
-                [ids.list.drop_nulls().alias(self.name)],
+                [ids.alias(self.name)],
                 parsed,
-                bad_id if self.transform == "raw" else None,
+                bad_id,
                 lambda row: (
                     f"column {self.name!r} holds {row[self.name]!r}, not 64-bit integers (a hash takes any text)"
                 ),
@@ -95,15 +97,27 @@ class FieldSpec:
             pl.element().cast(pl.Float32, strict=False)
         )
         is_finite = numbers.list.eval(pl.element().is_finite().fill_null(False)).list.all()
+        bad_weight = ~is_finite | (numbers.list.len() != elements.list.len())
         return Reading(
             [ids.alias(self.name), numbers.alias(self.weights)],
             parsed,
-            (pl.lit(self.transform == "raw") & bad_id) | ~is_finite | (numbers.list.len() != elements.list.len()),
+            bad_weight if bad_id is None else bad_id | bad_weight,
             lambda row: (
                 f"column {self.weights!r} holds {row[str(self.weights)]!r}, not one finite number for each element "
                 f"of {self.name!r}, {row[self.name]!r}"
             ),
         )
+
+
+def numeric_transform(numeric_as: str) -> Transform:
+    """The transform of numeric columns: of `log2_bucket`, or of `dense` inputs.
+
+    Raises:
+        UserError: It is something else.
+    """
+    if numeric_as not in ("log2_bucket", "dense"):
+        raise UserError(f"numeric-as {numeric_as!r}: must be log2_bucket or dense")
+    return "log1p" if numeric_as == "dense" else "log2_bucket"
 
 
 def log2_bucket(numbers: pl.Expr) -> pl.Expr:
