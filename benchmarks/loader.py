@@ -16,48 +16,19 @@ from collections.abc import Iterable
 from itertools import chain, islice, repeat
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from shape import BATCH, write_set
 
 from sseds_rec.data.batch import Batch
 from sseds_rec.data.loader import Loader
-from sseds_rec.data.schema import LABEL, SPLITS, Field, Schema, Split
 from sseds_rec.distributed.runtime import runtime
 from sseds_rec.distributed.sharding import ShardingConfig, shard
 from sseds_rec.models import build_model
 from sseds_rec.models.registry import ModelConfig
-from sseds_rec.training.optimizers import TableOptimizer, build_optimizer, fuse_table_optimizer, placement_for
+from sseds_rec.training.config import TableOptimizer, TrainConfig
+from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer, placement_for
 
-BATCH = 2048
 OPTIMIZER: TableOptimizer = "rowwise_adagrad"
-PART_ROWS, ROW_GROUP_ROWS = 1 << 20, 1 << 16
-
-
-def write_set(folder: Path, rows: int) -> None:
-    """Laid out as `sseds prepare` does, its ids Zipf-distributed over tables of 10 to 300,000 rows."""
-    random = np.random.default_rng(0)
-    sizes = [100] * 13 + [int(size) for size in np.geomspace(10, 300_000, 26)]
-    fields = [
-        Field(name=f"C{i}", kind="categorical", transform="vocabulary", cardinality=n) for i, n in enumerate(sizes)
-    ]
-    splits = {}
-    for split, count in zip(SPLITS, (rows, 10_000, 10_000), strict=True):
-        (folder / split).mkdir()
-        files, positives = [], 0
-        for start in range(0, count, PART_ROWS):
-            held = min(PART_ROWS, count - start)
-            labels = random.random(held) < 0.25
-            columns = {
-                f.name: (random.zipf(1.2, held) % n).astype(np.int32) for f, n in zip(fields, sizes, strict=True)
-            }
-            files.append(f"{split}/part-{len(files):05d}.parquet")
-            table = pa.table({LABEL: labels.astype(np.int8), **columns})
-            pq.write_table(table, folder / files[-1], row_group_size=ROW_GROUP_ROWS, compression="lz4")
-            positives += int(labels.sum())
-        splits[split] = Split(rows=count, positives=positives, files=files)
-    Schema(label=LABEL, fields=fields, seed=0, source={}, splits=splits).save(folder)
 
 
 def main() -> None:
@@ -75,7 +46,7 @@ def main() -> None:
         placement = placement_for(OPTIMIZER, "auto", place.device)
         fuse_table_optimizer(model, OPTIMIZER, 1e-3, placement)
         sharded = shard(model, ShardingConfig(type=placement), place, BATCH)
-        optimizer = build_optimizer(sharded, OPTIMIZER, 1e-3, 1e-3)
+        optimizer = build_optimizer(sharded, TrainConfig(table_optimizer=OPTIMIZER, learning_rate=1e-3))
 
         def train(batches: Iterable[Batch]) -> float:
             begun, rows = time.perf_counter(), 0

@@ -15,9 +15,9 @@ import typer
 
 from sseds_rec import cli_prepare
 from sseds_rec.data.schema import SplitName
-from sseds_rec.errors import UserError
+from sseds_rec.errors import PREEMPTED_EXIT, Preempted, UserError
 from sseds_rec.files import read_json, register_stores
-from sseds_rec.output import console, print_comparison, print_json, silence_libraries
+from sseds_rec.output import console, print_comparison, print_json, print_metrics, silence_libraries
 from sseds_rec.stages import STAGES, Stage
 
 if TYPE_CHECKING:
@@ -128,13 +128,11 @@ def evaluate(
     paper: Paper = False,
     as_json: Json = False,
 ) -> None:
-    """AUC and logloss of a trained model on a split."""
+    """Quality and inference speed of a trained model on a split."""
     with _pipeline(_config(config, overrides, paper), run_dir, None, "evaluate", stage) as (pipeline, main):
         metrics = pipeline.evaluate(stage, split)
         if main:
-            console.print(
-                f"{stage} on {split}: AUC {metrics['auc']:.6f}  logloss {metrics['logloss']:.6f}  {metrics['samples']:,} rows"
-            )
+            print_metrics(f"{stage} on {split}", metrics)
             print_json(
                 as_json,
                 {
@@ -159,6 +157,8 @@ def main() -> None:
         _fail(f"{error.format_message()}; see --help")
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except Preempted:  # the trainer has said so
+        sys.exit(PREEMPTED_EXIT)
     except KeyboardInterrupt:
         sys.exit(130)
 

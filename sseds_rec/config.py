@@ -17,7 +17,7 @@ from sseds_rec.files import open_file, write_text
 from sseds_rec.models.registry import ModelConfig
 from sseds_rec.search.allocate import Budget, Order
 from sseds_rec.search.criteria import CRITERIA
-from sseds_rec.training.trainer import TrainConfig
+from sseds_rec.training.config import TrainConfig
 
 
 class _Section(BaseModel):
@@ -63,15 +63,26 @@ class RetrainConfig(_Section):
 
     Attributes:
         transform: the transform matrices' start. "random" is the paper; "select" starts as the masked full model.
-        epochs, learning_rate, table_learning_rate, embedding_l2, patience: null for the value of `train`.
+        epochs, learning_rate, table_learning_rate, warmup_steps, embedding_l2, patience: null for the value of `train`.
     """
 
     transform: Literal["random", "select"] = "select"
     epochs: int | None = Field(None, ge=1)
     learning_rate: float | None = Field(None, gt=0)
     table_learning_rate: float | None = Field(None, gt=0)
+    warmup_steps: int | None = Field(None, ge=0)
     embedding_l2: float | None = Field(None, ge=0)
     patience: int | None = Field(None, ge=1)
+
+
+class EvaluationConfig(_Section):
+    """The `evaluation` section: what is measured besides what always is. It changes no training, so it may change at any time.
+
+    Attributes:
+        group_field: field with a table and one id a row, by whose ids GAUC groups the rows (users, as a rule); null for no GAUC.
+    """
+
+    group_field: str | None = None
 
 
 class Config(_Section):
@@ -86,6 +97,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     search: SearchConfig = SearchConfig()
     retrain: RetrainConfig = RetrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     def retrain_as_train(self) -> TrainConfig:
         """The `train` section with what `retrain` overrides."""
@@ -131,7 +143,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, paper: boo
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (old, new) of every value that differs."""
-    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     return {key: (before.get(key), after.get(key)) for key in {**before, **after} if before.get(key) != after.get(key)}
 
 
@@ -188,8 +200,9 @@ def _keys_and_section(loc: tuple[int | str, ...]) -> tuple[list[str], type[BaseM
     return keys, section
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

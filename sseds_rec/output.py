@@ -33,16 +33,31 @@ def print_comparison(base: dict[str, Any], slim: dict[str, Any]) -> None:
     table = Table(title="Test split, full model against slim model")
     for heading in ("", "base", "slim", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for label, key, form in (("AUC", "auc", "{:.4f}"), ("logloss", "logloss", "{:.4f}")):
-        table.add_row(label, form.format(base[key]), form.format(slim[key]), f"{slim[key] - base[key]:+.4f}")
+    both = base.keys() & slim.keys()  # an earlier version measured less
+    field = base.get("group_field")
+    grouped = [(f"GAUC by {field}", "gauc")] if field and field == slim.get("group_field") else []
+    for label, key in (("AUC", "auc"), *grouped, ("logloss", "logloss")):
+        table.add_row(label, f"{base[key]:.4f}", f"{slim[key]:.4f}", f"{slim[key] - base[key]:+.4f}")
     for label, key in (
         ("embedding parameters", "embedding_parameters"),
         ("all parameters", "parameters"),
         ("training seconds", "seconds"),
         ("samples/s in training", "samples_per_second"),
+        ("samples/s in inference", "inference_samples_per_second"),
     ):
-        table.add_row(label, f"{base[key]:,.0f}", f"{slim[key]:,.0f}", f"x{slim[key] / base[key]:.3f}")
+        if key in both:
+            table.add_row(label, f"{base[key]:,.0f}", f"{slim[key]:,.0f}", f"x{slim[key] / base[key]:.3f}")
     console.print(table)
+
+
+def print_metrics(title: str, metrics: dict[str, Any]) -> None:
+    """What `evaluate` measured, in one line."""
+    gauc = f"  GAUC by {metrics['group_field']} {metrics['gauc']:.6f}" if "gauc" in metrics else ""
+    console.print(
+        f"{title}: AUC {metrics['auc']:.6f}{gauc}  logloss {metrics['logloss']:.6f}  "
+        f"normalized entropy {metrics['normalized_entropy']:.4f}  calibration {metrics['calibration']:.4f}  "
+        f"{metrics['samples']:,} rows  {metrics['inference_samples_per_second']:,.0f} samples/s"
+    )
 
 
 def print_json(wanted: bool, line: dict[str, Any]) -> None:

@@ -21,16 +21,19 @@ from sseds_rec.files import write_json, write_text
 from sseds_rec.models import CtrModel, build_model, build_slim_model, plan_for, raw_fields, rows_of, table_names
 from sseds_rec.models.ticket import load_ticket
 from sseds_rec.report.html import write_report
-from sseds_rec.run_directory import RunDirectory
+from sseds_rec.run_directory import RunDirectory, fingerprint
 from sseds_rec.search.allocate import allocate, check_budget
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.saliency import score_dimensions
 from sseds_rec.search.scores import Table
 from sseds_rec.slim.checkpoint import slim_checkpoint
+from sseds_rec.stages import Stage
 from sseds_rec.training.checkpoint import load_weights, save_weights
+from sseds_rec.training.compute import prepare_dense
+from sseds_rec.training.config import TrainConfig
 from sseds_rec.training.metrics import evaluate
 from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer, placement_for
-from sseds_rec.training.trainer import Loaders, TrainConfig, Trainer
+from sseds_rec.training.trainer import Loaders, Trainer
 
 _TABLE = ".embedding_bags."
 
@@ -82,6 +85,12 @@ class Pipeline:
                     f"{config.data.path}: the labels of the {split} split are all the same, so AUC is undefined; "
                     "split the data again"
                 )
+        single = [field.name for field in schema.sparse_fields if field.kind != "sequence"]
+        if config.evaluation.group_field not in (None, *single):
+            raise UserError(
+                f"evaluation.group_field={config.evaluation.group_field}: {config.data.path} has no such field with one id a "
+                f"row; choose one of {', '.join(single)}"
+            )
         raw = raw_fields(schema)
         if raw and self.placement == "data_parallel":
             raise raw_ids_refused(f"field {raw[0]}")
@@ -175,7 +184,7 @@ class Pipeline:
         self.runtime.on_main(lambda: write_report(self.run.folder))
 
     def evaluate(self, stage: Literal["pretrain", "retrain"], split: SplitName) -> dict[str, Any]:
-        """AUC and logloss of a trained stage on a split."""
+        """Quality and speed of a trained stage on a split, and the number of its rows."""
         self.run.require("evaluate", stage)
         self._seed()
         model = build_model(self.config.model, self.schema)
@@ -183,19 +192,19 @@ class Pipeline:
             model = build_slim_model(self.config.model, self.schema, self._plan(), self.config.retrain.transform)
         sharded = self._shard(model, self.config.train)
         load_weights(self.run.path(stage, "checkpoint"), sharded)
-        return evaluate(sharded, self._loader(split), self.runtime).as_dict()
+        return self._measure(sharded, split)
 
     def _train(
-        self, stage: str, model: CtrModel, train: TrainConfig, start: Callable[[DistributedModelParallel], None]
+        self, stage: Stage, model: CtrModel, train: TrainConfig, start: Callable[[DistributedModelParallel], None]
     ) -> dict[str, Any]:
         """Trains, keeps the best step's checkpoint, and measures it on the test split."""
         folder = self.run.path(stage)
         sharded = self._shard(model, train)
         start(sharded)
         self._write_sharding_plan(stage, sharded)
-        optimizer = build_optimizer(sharded, train.table_optimizer, _table_rate(train), train.learning_rate)
+        optimizer = build_optimizer(sharded, train)
         loaders = Loaders(self._loader("train", shuffle=True, drop_last=True), self._loader("validation"))
-        trainer = Trainer(sharded, optimizer, loaders, train, folder, self.runtime)
+        trainer = Trainer(sharded, optimizer, loaders, train, folder, self.runtime, fingerprint(self.config, stage))
         progress = trainer.fit()
         load_weights(trainer.checkpoints.path(progress.best_step), sharded)
         save_weights(folder / "checkpoint", sharded, self.runtime)
@@ -213,7 +222,8 @@ class Pipeline:
         return finished
 
     def _shard(self, model: CtrModel, train: TrainConfig) -> DistributedModelParallel:
-        fuse_table_optimizer(model, train.table_optimizer, _table_rate(train), self.placement)
+        prepare_dense(model, train, self.runtime.device)
+        fuse_table_optimizer(model, train.table_optimizer, train.table_rate, self.placement)
         # From here on ranks draw different numbers: each its own shards' start, and its own dropout.
         torch.manual_seed(self.config.seed + self.runtime.rank)
         config = self.config.sharding.model_copy(update={"type": self.placement})
@@ -239,9 +249,16 @@ class Pipeline:
     def _plan(self) -> DimensionPlan:
         return plan_for(self.config.model, self.schema, DimensionPlan.load(self.run.path("search", "plan.json")))
 
-    def _test(self, model: DistributedModelParallel) -> dict[str, float]:
-        metrics = evaluate(model, self._loader("test"), self.runtime)
-        return {"auc": metrics.auc, "logloss": metrics.logloss}
+    def _test(self, model: DistributedModelParallel) -> dict[str, Any]:
+        metrics = self._measure(model, "test")
+        del metrics["samples"]  # in a stage's metrics it would seem to be those of training
+        return metrics
+
+    def _measure(self, model: DistributedModelParallel, split: SplitName) -> dict[str, Any]:
+        group_field = self.config.evaluation.group_field
+        metrics = evaluate(model, self._loader(split), self.runtime, group_field).as_dict()
+        speed = {"inference_samples_per_second": metrics.pop("samples_per_second")}
+        return {**metrics, **speed, **({"group_field": group_field} if group_field else {})}
 
     def _write_sharding_plan(self, stage: str, model: DistributedModelParallel) -> None:
         self.runtime.on_main(lambda: write_text(self.run.path(stage, "sharding_plan.txt"), f"{model.plan}\n"))
@@ -257,7 +274,3 @@ def parameter_counts(model: DistributedModelParallel) -> dict[str, int]:
     tables = sum(tensor.size().numel() for name, tensor in stored.items() if _TABLE in name)
     dense = sum(parameter.numel() for name, parameter in model.named_parameters() if _TABLE not in name)
     return {"embedding_parameters": tables, "parameters": tables + dense}
-
-
-def _table_rate(train: TrainConfig) -> float:
-    return train.learning_rate if train.table_learning_rate is None else train.table_learning_rate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import shutil
@@ -11,14 +13,17 @@ from typing import Any
 
 import torch
 
-from sseds_rec.config import Config, changed_keys, load_config
+from sseds_rec.config import Config, changed_keys, flatten, load_config
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json, write_json
-from sseds_rec.stages import STAGES
+from sseds_rec.stages import STAGES, Stage
 
-#: Config section -> the first stage that it changes; sections that are not here change no result.
-_FIRST_STAGE = {"seed": 0, "data": 0, "model": 0, "sharding": 0, "train": 0, "search": 1, "retrain": 3}
+#: Config section -> the first stage that it changes; sections that are not here, such as sharding, change no result.
+_FIRST_STAGE = {"seed": 0, "data": 0, "model": 0, "train": 0, "search": 1, "retrain": 3}
+
+#: Keys of those sections that change none either.
+_CHECKPOINTING = {"checkpoint_steps", "keep_checkpoints", "async_checkpoints"}
 
 
 class RunDirectory:
@@ -93,13 +98,29 @@ class RunDirectory:
 
     def _refuse_changes(self, changes: dict[str, tuple[Any, Any]], again: int) -> None:
         for key, (old, new) in changes.items():
-            first = _FIRST_STAGE.get(key.partition(".")[0], len(STAGES))
+            first = _first_stage(key)
             begun = [stage for stage in STAGES[first:again] if self.path(stage).exists()]
             if begun:
                 raise UserError(
                     f"{self.folder} was run with {key}={old}, now it is {new}; choose another --run-dir, "
                     f"or redo what depends on it with `sseds run ... --rerun-from {STAGES[first]}`"
                 )
+
+
+def fingerprint(config: Config, stage: Stage) -> str:
+    """Sixteen hexadecimal digits that differ if a setting does on which the stage depends.
+
+    Settings left at their default do not count: a key that a later version adds changes nothing.
+    """
+    settings = flatten(config.model_dump(mode="json", exclude_defaults=True))
+    own = {key: value for key, value in settings.items() if _first_stage(key) <= STAGES.index(stage)}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _first_stage(key: str) -> int:
+    """Number of the first stage that a config key changes."""
+    section, _, name = key.partition(".")
+    return len(STAGES) if name in _CHECKPOINTING else _FIRST_STAGE.get(section, len(STAGES))
 
 
 def _remove(folder: Path, hide: bool) -> None:

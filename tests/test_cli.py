@@ -58,6 +58,8 @@ def test_help_names_the_verbs(sseds: Sseds) -> None:
             "sharding.type=table_wise",
             ("sharding.type=table_wise with train.table_optimizer=adam", "no fused Adam on CPU"),
         ),
+        ("evaluation.group_field=usr", ("evaluation.group_field=usr", "one id a row", "user, ad, hour, noise")),
+        ("evaluation.group_field=price", ("evaluation.group_field=price", "one id a row", "user, ad, hour, noise")),
         ("device=cuda", ("device=cuda, but torch sees no GPU",)),
         ("data.path=nowhere", ("nowhere", "no such file", "sseds prepare")),
     ],
@@ -140,6 +142,16 @@ def test_labels_of_one_class_are_refused_before_training(
     )
     done = sseds("run", config, f"data.path={tmp_path / 'set'}", "--run-dir", tmp_path / "run")
     _refused(done, "labels of the test split are all the same")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_not_grouped_by_a_sequence(click_log: Path, config: Path, sseds: Sseds, tmp_path: Path) -> None:
+    pl.read_csv(click_log).with_columns(tags=pl.format("{} {}", "ad", "noise")).write_csv(tmp_path / "tags.csv")
+    columns = ["--label", "click", "--categorical", "user", "--sequence", "tags"]
+    prepare = sseds("prepare", "table", "--input", tmp_path / "tags.csv", "--output", tmp_path / "set", *columns)
+    assert prepare.code == 0, prepare.err
+    settings = [f"data.path={tmp_path / 'set'}", "evaluation.group_field=tags"]
+    _refused(sseds("run", config, *settings, "--run-dir", tmp_path / "run"), "group_field=tags", "choose one of user\n")
     assert not (tmp_path / "run").exists()
 
 

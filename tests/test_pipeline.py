@@ -20,6 +20,7 @@ import yaml
 
 import sseds_rec as sr
 from sseds_rec.config import load_config
+from sseds_rec.data.schema import Schema
 from tests.command import Command
 
 Sseds = Callable[..., Command]
@@ -31,7 +32,7 @@ def _json(*path: Path | str) -> Any:
 
 def _results(run: Path) -> dict[str, Any]:
     """Everything in metrics.json that must not depend on the clock."""
-    clocks = ("seconds", "samples_per_second")
+    clocks = ("seconds", "samples_per_second", "inference_samples_per_second")
     return {
         stage: {k: v for k, v in metrics.items() if k not in clocks}
         for stage, metrics in _json(run, "metrics.json").items()
@@ -47,17 +48,18 @@ def _table_parameters(checkpoint: Path) -> int:
 def test_run_directory_holds_what_the_contract_names(finished_run: Path) -> None:
     artefacts = {
         ".": ["config.yaml", "environment.json", "metrics.json"],
-        "pretrain": ["checkpoint", "history.jsonl", "metrics.json"],
+        "pretrain": ["checkpoint", "history.jsonl", "tensorboard", "metrics.json"],
         "search": ["saliency.npz", "plan.json"],
         "slim": ["checkpoint", "tables.json", "sharding_plan.txt"],
-        "retrain": ["checkpoint", "history.jsonl", "metrics.json"],
+        "retrain": ["checkpoint", "history.jsonl", "tensorboard", "metrics.json"],
         "report": ["index.html"],
     }
     for folder, names in artefacts.items():
         assert [name for name in names if not (finished_run / folder / name).exists()] == []
     metrics = _json(finished_run, "metrics.json")
-    keys = {"auc", "logloss", "embedding_parameters", "parameters", "seconds", "samples_per_second"}
-    assert keys <= set(metrics["pretrain"]) and keys <= set(metrics["retrain"])
+    quality = {"auc", "logloss", "normalized_entropy", "calibration", "inference_samples_per_second"}
+    keys = quality | {"embedding_parameters", "parameters", "seconds", "samples_per_second"}
+    assert keys <= set(metrics["pretrain"]) and keys <= set(metrics["retrain"]) and quality <= set(metrics["slim"])
     assert {"seconds", "batches", "budget", "reached"} <= set(metrics["search"])
     assert not list(finished_run.rglob("*.tmp")) and not list(finished_run.rglob("checkpoints"))
 
@@ -128,6 +130,26 @@ def test_evaluate_gives_the_metrics_of_the_run(finished_run: Path, config: Path,
     for stage in ("pretrain", "retrain"):
         done = sseds("evaluate", config, "--run-dir", finished_run, "--stage", stage, "--json")
         assert done.json["auc"] == _results(finished_run)[stage]["auc"]
+
+
+def test_evaluate_groups_a_finished_runs_rows_by_any_field(
+    finished_run: Path, config: Path, prepared: Path, sseds: Sseds, tmp_path: Path
+) -> None:
+    run = tmp_path / "grouped"
+    shutil.copytree(finished_run, run)
+    test = Schema.load(prepared).splits["test"]
+    rate = test.positives / test.rows
+    entropy = -rate * np.log(rate) - (1 - rate) * np.log(1 - rate)
+    gaucs = []
+    for field in ("user", "ad"):
+        done = sseds("evaluate", config, f"evaluation.group_field={field}", "--run-dir", run, "--json")
+        assert done.code == 0, done.err
+        metrics = done.json
+        assert metrics["auc"] == _results(finished_run)["retrain"]["auc"] and metrics["samples"] == test.rows
+        assert metrics["normalized_entropy"] == pytest.approx(metrics["logloss"] / entropy, abs=1e-12)
+        assert f"GAUC by {field} {metrics['gauc']:.6f}" in done.out and f"{test.rows:,} rows" in done.out
+        gaucs.append(metrics["gauc"])
+    assert len({*gaucs, metrics["auc"]}) == 3 and min(gaucs) > 0.6
 
 
 def test_changed_config_is_refused_until_asked_for(

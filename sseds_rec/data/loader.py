@@ -1,8 +1,10 @@
 """A data set to batches: sharded by rank, shuffled, resumable, read ahead in a thread."""
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from sseds_rec.data.ahead import read_ahead
 from sseds_rec.data.batch import Batch
 from sseds_rec.data.dataset import Dataset, PreparedSet
+from sseds_rec.data.division import Segment, Taken, share_of
 from sseds_rec.data.rows import Ragged, Rows
 from sseds_rec.data.schema import SPLITS, SplitName
 from sseds_rec.errors import UserError
@@ -33,6 +36,8 @@ class Loader:
     All ranks get the same number of batches, so that collectives meet. With `drop_last` all of them are full; without,
     a rank's rows are divided evenly, sizes differing by at most one row. (At batch size 1, a rank that has a row more
     than the others takes it with another row: it must not have a batch more.)
+
+    An epoch that was interrupted may go on with another number of ranks that take as many rows together: see `division`.
 
     Args:
         dataset: See `open_dataset`; a path is the folder of a prepared set.
@@ -83,86 +88,109 @@ class Loader:
         self._seed, self._shuffle, self._prefetch, self._pin_memory = seed, shuffle, prefetch, pin_memory
         self._blocks = dataset.blocks(split)
 
-        rows = sum(self._blocks.sizes)
+        self._rows = rows = sum(self._blocks.sizes)
         if rows < world_size:
             raise UserError(f"{dataset.path}: the {split} split has {rows} rows, fewer than the {world_size} processes")
-        self._first, self._last = rank * rows // world_size, (rank + 1) * rows // world_size
-        fewest, most = rows // world_size, -(-rows // world_size)
-        self._starts = _batch_starts(self._last - self._first, fewest, most, batch_size, drop_last)
-        if len(self) == 0:
-            raise UserError(
-                f"{dataset.path}: batch size {batch_size} is more than a process's {fewest} rows of {split}"
-            )
-
         self._identity = {
             "split": split,
             "rows": rows,
-            "batch_size": batch_size,
-            "world_size": world_size,
+            "batch_size": batch_size * world_size,
             "seed": seed,
             "shuffle": shuffle,
             "drop_last": drop_last,
         }
-        self._rank = rank
+        self._drop_last, self._rank, self._world_size = drop_last, rank, world_size
+        self._divide([])
+        if len(self) == 0:
+            raise UserError(
+                f"{dataset.path}: batch size {batch_size} is more than a process's {rows // world_size} rows of {split}"
+            )
         self._epoch = 0
-        self._resume_at = 0  # first batch of the next iteration
-        self._handed_out = 0  # batches of the epoch that the consumer has
+        self._handed_out = 0  # batches of the epoch that the consumers have
+        self._is_resuming = False  # whether the next iteration goes on from there
+
+    def _divide(self, taken: Sequence[Taken]) -> None:
+        """Takes this rank's share of what is left of an epoch."""
+        batch_size = self.batch_size * self._world_size
+        self._share = share_of(self._rank, self._world_size, self._rows, batch_size, self._drop_last, taken)
+        self._taken = list(taken)
+        self._first_batch = sum(batches for _, batches in taken)
 
     def __len__(self) -> int:
-        """Batches an epoch, the same on all ranks."""
-        return len(self._starts) - 1
+        """Batches of the epoch, those included that another number of ranks took; the same on all ranks."""
+        return self._first_batch + len(self._share.starts) - 1
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the shuffle of the next iteration. A restored position stays if the epoch is the restored one."""
         if epoch != self._epoch:
-            self._epoch, self._resume_at, self._handed_out = epoch, 0, 0
+            self._epoch, self._handed_out, self._is_resuming = epoch, 0, False
+            self._divide([])
 
     def state_dict(self, trained: int | None = None) -> dict[str, object]:
-        """The position, for `load_state_dict`.
+        """The position, for `load_state_dict`; the same on all ranks.
 
         Args:
             trained: Batches of this epoch that are done. The default is the number handed out, of which a pipeline such
                 as `TrainPipelineSparseDist` holds a few that it has not trained on yet.
         """
-        return {**self._identity, "epoch": self._epoch, "batch": self._handed_out if trained is None else trained}
+        return {
+            **self._identity,
+            "epoch": self._epoch,
+            "batch": self._handed_out if trained is None else trained,
+            "world_size": self._world_size,
+            "taken": [list(taken) for taken in self._taken],  # before these ranks began
+        }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Lets the next iteration go on after the state's last batch.
 
+        With another number of ranks, the rows that are left are divided anew; with the same, the batches are those that an
+        uninterrupted iteration would have had.
+
         Raises:
-            UserError: The state is of another split, batch size, number of processes, seed or order: the rows
-                not yet seen would not be the rows that follow.
+            UserError: The state is of another split, number of rows a step, seed or order: the rows not yet seen would
+                not be the rows that follow.
         """
         for key, mine in self._identity.items():
             if state.get(key) != mine:
                 raise UserError(f"loader state: {key} was {state.get(key)!r}, now {mine!r}; resume with the same value")
-        epoch, batch = state.get("epoch"), state.get("batch")
-        if not isinstance(epoch, int) or not isinstance(batch, int) or not 0 <= batch <= len(self):
-            raise UserError(f"loader state: epoch {epoch!r}, batch {batch!r} is no position in {len(self)} batches")
-        self._epoch, self._resume_at, self._handed_out = epoch, batch, batch
+        epoch, batch = state["epoch"], state["batch"]
+        taken = [Taken(*pair) for pair in state["taken"]]
+        since = batch - sum(batches for _, batches in taken)
+        if state["world_size"] != self._world_size and since:
+            taken.append(Taken(state["world_size"], since))
+        self._divide(taken)
+        if not self._first_batch <= batch <= len(self):
+            raise UserError(f"loader state: epoch {epoch}, batch {batch} is no position in {len(self)} batches")
+        self._epoch, self._handed_out, self._is_resuming = epoch, batch, True
 
     def __iter__(self) -> Iterator[Batch]:
-        start, self._resume_at = self._resume_at, 0
-        self._handed_out = start
-        make = functools.partial(self._batches, self._epoch, start)
+        if not self._is_resuming:
+            self._handed_out = 0
+            self._divide([])
+        self._is_resuming = False
+        make = functools.partial(self._batches, self._epoch, self._handed_out - self._first_batch)
         for batch in read_ahead(make, self._prefetch) if self._prefetch else make():
             self._handed_out += 1
             yield batch
 
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        """Batches from number `start` on; a batch may take rows from two or more buffers."""
-        batch, position, pieces = start, self._starts[start], []
-        for first, rows in self._buffers(epoch, position):
-            while batch < len(self) and position < first + len(rows):
-                stop = min(self._starts[batch + 1], first + len(rows))
-                pieces.append(rows.slice(position - first, stop - first))
-                position = stop
-                if position == self._starts[batch + 1]:
+    def _batches(self, epoch: int, batch: int) -> Iterator[Batch]:
+        """Batches from number `batch` of the share on; a batch may take rows from two or more buffers."""
+        starts, pieces = self._share.starts, []
+        position = starts[batch]
+        for rows in itertools.chain.from_iterable(self._buffers(epoch, s) for s in self._share.after(batch)):
+            used = 0
+            while used < len(rows) and batch + 1 < len(starts):
+                stop = min(used + starts[batch + 1] - position, len(rows))
+                pieces.append(rows.slice(used, stop))
+                position, used = position + stop - used, stop
+                if position == starts[batch + 1]:
                     yield self._collate(Rows.cat(pieces))
                     batch, pieces = batch + 1, []
 
-    def _buffers(self, epoch: int, position: int) -> Iterator[tuple[int, Rows]]:
-        """Buffers that end after `position`, each with the place of its first row in the rank's sequence."""
+    def _buffers(self, epoch: int, segment: Segment) -> Iterator[Rows]:
+        """A segment's rows, a buffer of its stream at a time."""
+        stream = segment.stream
         sizes = np.array(self._blocks.sizes)
         order = np.arange(len(sizes))
         if self._shuffle:
@@ -172,23 +200,24 @@ class Loader:
         first = held = 0
         for block, end in zip(order.tolist(), ends.tolist(), strict=True):
             begin = end - int(sizes[block])
-            low, high = max(self._first, begin), min(self._last, end)
+            low, high = max(stream.first, begin), min(stream.last, end)
             if low < high:
                 pieces.append((block, low - begin, high - begin))
                 held += high - low
-            is_full = held >= SHUFFLE_ROWS or not self._shuffle or end >= self._last
+            is_full = held >= SHUFFLE_ROWS or not self._shuffle or end >= stream.last
             if not is_full or not pieces:
                 continue
-            if first + held > position:
+            if first + held > segment.first:
                 rows = Rows.cat([self._blocks.read(block).slice(low, high) for block, low, high in pieces])
-                yield first, self._shuffled(rows, epoch, first) if self._shuffle else rows
+                if self._shuffle:
+                    rows = rows.take(self._shuffled(epoch, stream.rank, first, held))
+                yield rows.slice(max(segment.first - first, 0), min(segment.last - first, held))
             first, held, pieces = first + held, 0, []
-            if end >= self._last:
+            if first >= segment.last:
                 return
 
-    def _shuffled(self, rows: Rows, epoch: int, first: int) -> Rows:
-        order = np.random.default_rng([self._seed, epoch, self._rank, first]).permutation(len(rows))
-        return rows.take(torch.from_numpy(order))
+    def _shuffled(self, epoch: int, rank: int, first: int, rows: int) -> Tensor:
+        return torch.from_numpy(np.random.default_rng([self._seed, epoch, rank, first]).permutation(rows))
 
     def _collate(self, rows: Rows) -> Batch:
         sparse = KeyedJaggedTensor(keys=[field.name for field in self.schema.sparse_fields], **self._ids(rows))
@@ -219,11 +248,3 @@ class Loader:
 def _mean_weights(field: Ragged) -> Tensor:
     """1/length for each id: their weighted sum is the mean."""
     return torch.repeat_interleave(field.lengths.to(torch.float32).reciprocal(), field.lengths)
-
-
-def _batch_starts(rows: int, fewest: int, most: int, batch_size: int, drop_last: bool) -> list[int]:
-    """Where a rank's batches start, and where the last ends, in its own rows."""
-    if drop_last:
-        return [batch * batch_size for batch in range(fewest // batch_size + 1)]
-    count = min(-(-most // batch_size), fewest)
-    return [batch * rows // count for batch in range(count + 1)]

@@ -38,17 +38,19 @@ def stored_shapes(path: str | Path) -> dict[str, list[int]]:
     return {name: list(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def load_checkpoint(state: dict[str, Any], path: str | Path) -> None:
+def load_checkpoint(state: dict[str, Any], path: str | Path, advice: str = "restore it or run its stage again") -> None:
     """Fills the tensors of `state` in place from a checkpoint saved under any sharding; all ranks call it.
 
     Raises:
-        UserError: a file of the checkpoint is missing or damaged, or an entry is not there.
+        UserError: a file of the checkpoint is missing or damaged, or an entry is not there; the message ends with `advice`.
     """
     try:
         dcp.load(state, checkpoint_id=path)
     except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        reason = (str(first).splitlines() or [type(first).__name__])[0]
-        raise UserError(
-            f"{path}: the checkpoint cannot be read ({reason}); restore it or run its stage again"
-        ) from None
+        raise UserError(f"{path}: the checkpoint cannot be read ({first_reason(error)}); {advice}") from None
+
+
+def first_reason(error: CheckpointException) -> str:
+    """One line of what went wrong on the first rank that failed."""
+    first = next(iter(error.failures.values()))[0]
+    return (str(first).splitlines() or [type(first).__name__])[0]

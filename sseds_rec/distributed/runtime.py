@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sseds_rec.distributed.memory import keep_freed_memory
 from sseds_rec.errors import UserError
 
 T = TypeVar("T")
@@ -110,15 +111,27 @@ def runtime(device: str = "auto") -> Iterator[Runtime]:
             )
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
+    keep_freed_memory()
     joined = not dist.is_initialized()
     if joined:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=_store(rank, world_size), rank=rank, world_size=world_size)
     try:
         yield Runtime(rank, world_size, where)
     finally:
         if joined:
             dist.destroy_process_group()
+
+
+def _store(rank: int, world_size: int) -> dist.Store:
+    """Where the processes of a job find each other.
+
+    torchrun keeps one store over its restarts, in which the addresses of the processes before are still to be found. On one
+    machine its count of restarts tells the new from the old; over several machines the counts can differ.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return dist.HashStore()
+    store: dist.Store = next(dist.rendezvous("env://", rank, world_size))[0]
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store

@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
-from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.distributed.types import ModuleSharder, QuantizedCommCodecs, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from sseds_rec.distributed.managed import ManagedSharder, is_managed
@@ -23,6 +24,7 @@ from sseds_rec.distributed.tables import KERNEL_MULTIPLE, embedding_modules, tab
 from sseds_rec.errors import UserError
 
 Placement = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
+CommPrecision = Literal["fp32", "fp16", "bf16"]
 
 
 class ShardingConfig(BaseModel):
@@ -32,11 +34,14 @@ class ShardingConfig(BaseModel):
         type: one sharding type for all tables, or "auto": table-wise on CPU (the planner's mix is no faster there), the
             planner's choice of table-, row- and column-wise on CUDA. Tables that Adam trains on a CPU are data-parallel,
             since FBGEMM has no fused Adam there. Tables of raw ids are row-wise always.
+        comm_precision: in which pooled embeddings, their gradients and the dense gradients go from rank to rank; "bf16" on
+            CUDA only.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     type: Placement = "auto"
+    comm_precision: CommPrecision = "fp32"
 
 
 class BagSharder(EmbeddingBagCollectionSharder):
@@ -57,11 +62,23 @@ def shard(model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size
         batch_size: rows per rank and step, for the planner's estimates.
 
     Raises:
-        UserError: the tables do not fit this topology under the constraints.
+        UserError: the tables do not fit this topology under the constraints, or a precision is not one that it sends.
     """
-    sharders: list[ModuleSharder[nn.Module]] = [BagSharder(), ManagedSharder(BagSharder())]
+    bags = BagSharder(qcomm_codecs_registry=_codecs(config.comm_precision, runtime.device))
+    sharders: list[ModuleSharder[nn.Module]] = [bags, ManagedSharder(bags)]
     plan = plan_sharding(model, config, topology(runtime), batch_size, sharders)
-    return DistributedModelParallel(model, device=runtime.device, plan=plan, sharders=sharders)
+    alone = runtime.world_size == 1
+    sharded = DistributedModelParallel(
+        model,
+        device=runtime.device,
+        plan=plan,
+        sharders=sharders,
+        init_data_parallel=not alone,
+        data_parallel_wrapper=DefaultDataParallelWrapper(allreduce_comm_precision=config.comm_precision),
+    )
+    if alone:  # no DDP, which copies every gradient to average it with nothing, but which also moves the dense part
+        sharded.module.to(runtime.device)
+    return sharded
 
 
 def plan_sharding(
@@ -107,6 +124,14 @@ def topology(runtime: Runtime) -> Topology:
         hbm_cap=hbm,
         ddr_cap=ddr,
     )
+
+
+def _codecs(precision: CommPrecision, device: torch.device) -> dict[str, QuantizedCommCodecs] | None:
+    """TorchRec's codecs for what the embedding modules send."""
+    if precision == "bf16" and device.type == "cpu":
+        raise UserError("sharding.comm_precision=bf16: gloo, which connects CPU processes, does not send it; use fp16")
+    both = CommType(precision)
+    return get_qcomm_codecs_registry(QCommsConfig(forward_precision=both, backward_precision=both), device=device)
 
 
 def raw_ids_refused(which: str) -> UserError:

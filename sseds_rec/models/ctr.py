@@ -59,11 +59,12 @@ class CtrModel(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         embeddings = self._embed(batch.sparse)
-        logits = self.over(batch.dense, embeddings)
+        logits = self.over(batch.dense, embeddings).float()  # of a lower precision under autocast
         loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
         reported = loss.detach()
         if self.training and self.embedding_l2:
-            loss = loss + 0.5 * self.embedding_l2 * embeddings.values().square().sum(dim=1).mean()
+            norm = torch.linalg.vector_norm(embeddings.values())  # makes no squares of the size of the embeddings
+            loss = loss + 0.5 * self.embedding_l2 * norm.square() / batch.labels.shape[0]
         return loss, (reported, logits.detach(), batch.labels)
 
     def _embed(self, sparse: KeyedJaggedTensor) -> KeyedTensor:
@@ -111,21 +112,26 @@ def build_model(config: ModelConfig, schema: Schema, embedding_l2: float = 0.0) 
 def build_slim_model(
     config: ModelConfig, schema: Schema, plan: DimensionPlan, transform: Init, embedding_l2: float = 0.0
 ) -> CtrModel:
-    """The slim model: the plan's tables, dropped fields gone, transform matrices for the interaction part.
+    """The slim model: the plan's tables, dropped fields gone, transform matrices if the model aligns.
 
     Args:
         config: of the full model.
         schema: of the data.
         plan: see `plan_for`.
         transform: "random" aligns to the widest kept table, as the paper; "select" to the original width, so that the model
-            equals the full one with the dropped columns masked.
+            equals the full one with the dropped columns masked. A model that does not align equals it in either case.
         embedding_l2: see `CtrModel`.
+
+    Raises:
+        UserError: the plan drops every table, or leaves fewer than the model needs.
     """
     tables = {field: table for field, table in table_names(schema).items() if plan.tables[table].kept}
+    if not tables:
+        raise UserError("the plan drops every table; raise search.budget or set search.min_dim")
     dims = {field: plan.tables[table].embedding_dim for field, table in tables.items()}
-    fields = FieldEmbeddings(dims, config.embedding_dim if transform == "select" else max(dims.values()), tables)
-    assert fields.alignment is not None
-    if transform == "select":
+    aligned_dim = config.embedding_dim if transform == "select" else max(dims.values())
+    fields = FieldEmbeddings(dims, aligned_dim if MODELS[config.name].aligns else None, tables)
+    if fields.alignment is not None and transform == "select":
         fields.alignment.select({table: plan.tables[table].kept for table in tables.values()})
     over = MODELS[config.name](fields, len(schema.dense_fields), config)
     return CtrModel(plan.embedding_bag_configs(), over, embedding_l2, schema.is_weighted, raw_fields(schema))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import torch
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from sseds_rec.models.fields import FieldEmbeddings
-from sseds_rec.models.layers import fm_interaction, mlp
+from sseds_rec.models.layers import join, mlp
 from sseds_rec.models.registry import ModelConfig, OverArch, register
 
 
 @register("deepfm")
 class DeepFM(OverArch):
-    """z = first order + FM over aligned embeddings + MLP over the raw concatenation.
+    """z = first order + FM over aligned embeddings + MLP over the raw concatenation; the bias is the first order's.
 
     The first-order weight of id x in field i is <u_i, e_ix>, a linear read-out of its embedding (the field-wise linear
     vectors of Pan et al., Field-weighted Factorization Machines, WWW 2018), and not a table of its own: FBGEMM has no
-    width-1 tables, and a width-4 table for one weight would quadruple it. So first-order weights shrink with the tables.
+    width-1 tables, and a width-4 table for one weight would quadruple it. So first-order weights shrink with the tables,
+    and are counted with the dense parameters.
 
     Args:
         fields: the embedding side.
@@ -25,7 +27,8 @@ class DeepFM(OverArch):
         config: hidden widths, dropout, batch norm.
     """
 
-    over_raw = ("first_order.weight", "deep.0.weight")
+    aligns = True
+    over_raw: ClassVar = {"first_order.weight": (1,), "deep.0.weight": (1,)}
 
     def __init__(self, fields: FieldEmbeddings, num_dense: int, config: ModelConfig) -> None:
         super().__init__()
@@ -37,7 +40,6 @@ class DeepFM(OverArch):
 
     def forward(self, dense: Tensor, embeddings: KeyedTensor) -> Tensor:
         """dense [B, N], embeddings over F fields -> logits [B]."""
-        raw, aligned = self.fields(embeddings)
-        inputs = torch.cat([dense, raw], dim=1) if dense.shape[1] else raw
-        linear = self.first_order(inputs) + self.output(self.deep(inputs))
-        return linear.squeeze(1) + fm_interaction(aligned)
+        raw = self.fields.concatenate(embeddings)
+        deep = self.output(self.deep(join(dense, raw))).squeeze(1)
+        return self.fields.fm(dense, raw, self.first_order) + deep

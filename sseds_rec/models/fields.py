@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from sseds_rec.slim.alignment import Alignment
+from sseds_rec.models.layers import fm
+from sseds_rec.slim.alignment import Alignment, columns_of
 
 
 class FieldEmbeddings(nn.Module):
@@ -34,12 +35,32 @@ class FieldEmbeddings(nn.Module):
         self.alignment = Alignment(self.dims, aligned_dim, tables) if aligned_dim is not None else None
         self.aligned_dim = aligned_dim if aligned_dim is not None else next(iter(self.dims.values()))
 
-    def forward(self, embeddings: KeyedTensor) -> tuple[Tensor, Tensor]:
+    def concatenate(self, embeddings: KeyedTensor) -> Tensor:
+        """The raw embeddings of all fields, one beside the other: [B, Σd_i]."""
         widths = dict(zip(embeddings.keys(), embeddings.length_per_key(), strict=True))
         if list(widths.items()) == list(self.dims.items()):
-            raw = embeddings.values()
-        else:  # a sharded collection orders its keys by the plan
-            raw = torch.cat([embeddings[name][:, :dim] for name, dim in self.dims.items()], dim=1)
+            return embeddings.values()
+        # A sharded collection orders its keys by the plan.
+        return torch.cat(list(columns_of(embeddings, self.dims).values()), dim=1)
+
+    def align(self, raw: Tensor) -> Tensor:
+        """Raw concatenation [B, Σd_i] -> aligned embeddings [B, F, A]."""
         if self.alignment is not None:
-            return raw, self.alignment(raw)
-        return raw, raw.unflatten(1, (len(self.dims), self.aligned_dim))
+            return self.alignment(raw)
+        return raw.unflatten(1, (len(self.dims), self.aligned_dim))
+
+    def fm(self, dense: Tensor, raw: Tensor, first_order: nn.Linear) -> Tensor:
+        """The factorization machine b + <w, [dense, raw]> + Σ_{i<j} <ē_i, ē_j>, its pairs over aligned embeddings.
+
+        Args:
+            dense: [B, N]; dense inputs have a first order only.
+            raw: concatenation [B, Σd_i].
+            first_order: holds w [1, N + Σd_i] and b; taken in with the pairs, since every pass over the embeddings counts.
+
+        Returns:
+            [B], in float32 under autocast as well: the pairs are the small difference of two large sums.
+        """
+        with torch.autocast(raw.device.type, enabled=False):
+            of_dense, of_raw = first_order.weight[0].split([dense.shape[1], self.raw_dim])
+            pairs = self.alignment.fm(raw, of_raw) if self.alignment is not None else fm(self.align(raw), of_raw)
+            return first_order.bias + dense @ of_dense + pairs

@@ -1,8 +1,8 @@
-"""Models by name."""
+"""Models by name, and what they all are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
@@ -12,20 +12,40 @@ from sseds_rec.distributed.tables import KERNEL_MULTIPLE
 
 if TYPE_CHECKING:
     from sseds_rec.models.fields import FieldEmbeddings
+    from sseds_rec.search.plan import DimensionPlan
 
 
 class OverArch(nn.Module):
-    """What lies over the embeddings: `forward(dense [B, N], embeddings: KeyedTensor) -> logits [B]`.
+    """What lies over the embeddings: `Model(fields, num_dense, config)`, `forward(dense [B, N], KeyedTensor) -> logits [B]`.
+
+    It is written for one device, and reads the embeddings through `fields`, which hides whether they are uniform or slim.
+    Every parameter must take part in every forward pass: DistributedDataParallel refuses others.
 
     Attributes:
-        over_raw: parameters whose last axis runs over [dense inputs, raw concatenation of the fields]: of these, slimming
-            keeps the weights of the kept columns.
+        fields: the embedding side.
+        aligns: whether the model takes aligned embeddings (`fields.align`, `fields.fm`). One that does not has no transform
+            matrices in its slim form.
+        over_raw: parameter -> its axes that run over [dense inputs, raw concatenation]. Of these, slimming keeps the positions
+            of the kept columns. A `*` in a name stands for any part of it ("cross.*.bias").
     """
 
-    over_raw: ClassVar[tuple[str, ...]] = ()
+    fields: FieldEmbeddings
+    aligns: ClassVar[bool] = False
+    over_raw: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+
+    def kept_inputs(self, plan: DimensionPlan) -> Mapping[str, tuple[int, list[int]]]:
+        """For parameters over inputs of the model's own making: which of the full model's inputs its slim form has.
+
+        Args:
+            plan: tables in the order of the full model's fields.
+
+        Returns:
+            parameter -> (axis, positions along it in the full model's parameter, in the order of this one's).
+        """
+        return {}
 
 
-MODELS: dict[str, Callable[[FieldEmbeddings, int, ModelConfig], OverArch]] = {}
+MODELS: dict[str, type[OverArch]] = {}
 
 
 class ModelConfig(BaseModel):
@@ -34,9 +54,12 @@ class ModelConfig(BaseModel):
     Attributes:
         name: a registered model.
         embedding_dim: D of every table before the search.
-        hidden: widths of the deep part.
-        dropout: probability in [0, 1).
+        hidden: widths of the deep part, in DLRM of the top MLP; FM has none and ignores it.
+        dropout: probability in [0, 1), after every hidden layer.
         batch_norm: after every hidden linear layer.
+        bottom_hidden: DLRM only: widths of the bottom MLP, before its last layer of the embeddings' width.
+        cross_layers: DCNv2 only.
+        cross_rank: DCNv2 only: rank of the cross layers' weights; null for full matrices.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -46,6 +69,9 @@ class ModelConfig(BaseModel):
     hidden: list[PositiveInt] = Field([1024, 1024], min_length=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     batch_norm: bool = False
+    bottom_hidden: list[PositiveInt] = Field([512, 256], min_length=1)
+    cross_layers: int = Field(3, gt=0)
+    cross_rank: int | None = Field(64, gt=0)
 
     @field_validator("embedding_dim")
     @classmethod

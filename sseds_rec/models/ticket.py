@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from sseds_rec.distributed.checkpoint import load_checkpoint, stored_shapes
 from sseds_rec.errors import UserError
 from sseds_rec.models.ctr import CtrModel
+from sseds_rec.models.registry import OverArch
 from sseds_rec.search.plan import DimensionPlan
 
 _TABLES = ("embeddings.", "managed.")
@@ -20,8 +22,9 @@ _TRANSFORMS = ".alignment.transforms."
 def load_ticket(checkpoint: Path, model: DistributedModelParallel, plan: DimensionPlan) -> None:
     """Starts a sharded slim model from a slim checkpoint, whose dense weights are still those of the full model.
 
-    Tables are taken as they are. Of the weights over the raw concatenation (`over_raw` of the model) the columns of kept
-    dims stay, so that with `select` transforms the model equals the masked full one. Transforms keep their own start.
+    Tables are taken as they are. Dense weights keep what runs over the kept columns (`OverArch.over_raw`) and other inputs that
+    are still there (`OverArch.kept_inputs`), so that with `select` transforms the model equals the masked full one. Transforms
+    keep their own start, as do weights over aligned embeddings when these have another width than the full model's.
 
     Args:
         checkpoint: from `slim_checkpoint`.
@@ -41,19 +44,32 @@ def load_ticket(checkpoint: Path, model: DistributedModelParallel, plan: Dimensi
             raise UserError(f"{checkpoint}: holds no weight {name}; it is not of this model")
         whole[name] = value if name.startswith(_TABLES) else torch.empty(stored[f"model.{name}"], dtype=value.dtype)
     load_checkpoint({"model": whole}, checkpoint)
+    fields, (table, *_) = module.over.fields, plan.tables.values()
+    realigned = fields.alignment is not None and fields.aligned_dim != table.original_dim
     for name, value in wanted.items():
-        source = whole[name]
-        if source is value:
+        if whole[name] is value:
             continue
-        if name.removeprefix("over.") in module.over.over_raw:
-            source = source[..., _kept_inputs(source.shape[-1], plan)]
-        if source.shape != value.shape:
+        source = _kept(whole[name], name.removeprefix("over."), module.over, plan)
+        if source.shape == value.shape:
+            value.copy_(source)
+        elif not realigned:
             raise UserError(f"{checkpoint}: {name} is {list(source.shape)}, the model's is {list(value.shape)}")
-        value.copy_(source)
     model.load_state_dict(state)
 
 
-def _kept_inputs(inputs: int, plan: DimensionPlan) -> Tensor:
+def _kept(weight: Tensor, name: str, over: OverArch, plan: DimensionPlan) -> Tensor:
+    """What is left of a dense weight of the full model."""
+    for pattern, axes in over.over_raw.items():
+        if fnmatchcase(name, pattern):
+            for axis in axes:
+                weight = weight.index_select(axis, _kept_columns(weight.shape[axis], plan))
+    if name in (others := over.kept_inputs(plan)):
+        axis, positions = others[name]
+        weight = weight.index_select(axis, torch.tensor(positions))
+    return weight
+
+
+def _kept_columns(inputs: int, plan: DimensionPlan) -> Tensor:
     """Positions of the kept columns in [dense inputs, concatenation of all original fields]."""
     offset = inputs - sum(table.original_dim for table in plan.tables.values())
     kept = list(range(offset))

@@ -109,14 +109,19 @@ def _results(run: Run) -> list[tuple[str, str, str, str]]:
             change = text(slim / base - 1, "+.1%").replace("%", "\N{NO-BREAK SPACE}%") if base else "–"
         return title, text(base, form), text(slim, form), change
 
+    base, slim = (run.metrics[stage].get("group_field") for stage in ("pretrain", "retrain"))
+    grouped = [row(f"Test GAUC by {base}", "gauc", ".4f", relative=False)] if base and base == slim else []
     return [
         row("Test AUC", "auc", ".4f", relative=False),
+        *grouped,
         row("Test logloss", "logloss", ".4f", relative=False),
+        row("Test calibration", "calibration", ".4f", relative=False),
         row("Embedding parameters", "embedding_parameters", ",.0f"),
         row("All parameters", "parameters", ",.0f"),
         row("Embedding memory (MiB, float32)", "embedding_parameters", ",.2f", scale=MIB / BYTES_PER_PARAMETER),
         row("Training time (s)", "seconds", ",.1f"),
         row("Training speed (samples/s)", "samples_per_second", ",.0f"),
+        row("Inference speed (samples/s)", "inference_samples_per_second", ",.0f"),
     ]
 
 

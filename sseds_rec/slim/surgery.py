@@ -17,7 +17,7 @@ from sseds_rec.distributed.tables import embedding_modules
 from sseds_rec.errors import UserError
 from sseds_rec.search.plan import DimensionPlan, TablePlan
 from sseds_rec.search.tap import plan_tables, qualified_tables
-from sseds_rec.slim.alignment import Alignment, Init
+from sseds_rec.slim.alignment import Alignment, Init, columns_of
 
 
 class SlimEmbeddingBagCollection(nn.Module):
@@ -79,8 +79,7 @@ class SlimEmbeddingBagCollection(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """KJT over at least the kept features -> KeyedTensor [B, Σ original D], keys in the original order."""
-        pooled = self.embedding_bag_collection(features)
-        columns = {key: pooled[key][:, :d] for key, d in self.stored.items()}
+        columns = columns_of(self.embedding_bag_collection(features), self.stored)
         aligned: dict[str, Tensor] = {}
         for width, alignment in self.alignments.items():
             keys = [key for key in self.stored if self.original[key] == int(width)]

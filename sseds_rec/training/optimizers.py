@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torchrec.optim
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from sseds_rec.distributed.sharding import Placement
 from sseds_rec.distributed.tables import embedding_modules
 from sseds_rec.errors import UserError
-
-TableOptimizer = Literal["adam", "rowwise_adagrad", "adagrad", "sgd"]
+from sseds_rec.training.config import TableOptimizer, TrainConfig
 
 _FUSED: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torchrec.optim.Adam,
@@ -24,18 +26,22 @@ _FUSED: dict[str, type[torch.optim.Optimizer]] = {
     "adagrad": torchrec.optim.Adagrad,
     "sgd": torchrec.optim.SGD,
 }
-_DENSE: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adagrad": torch.optim.Adagrad,
-    "sgd": torch.optim.SGD,
+#: For data-parallel tables, with FBGEMM's ε: a table's placement does not change how it is trained.
+_DATA_PARALLEL: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {"eps": 1e-8}),
+    "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
+    "sgd": (torch.optim.SGD, {}),
 }
 
 
 def placement_for(optimizer: TableOptimizer, placement: Placement, device: torch.device) -> Placement:
     """The sharding type under which an optimizer can train the tables.
 
-    FBGEMM fuses Adam on CUDA only. On a CPU, Adam's tables are data-parallel: every rank holds them whole and each step
-    touches every row, which suits tables that are small.
+    FBGEMM fuses Adam on CUDA only, where it updates the rows of the batch. On a CPU, Adam's tables are data-parallel: every
+    rank holds them whole, and each step all-reduces their gradients and reads and writes all rows and both moments. That is
+    the paper's Adam, which moves rows that are not in the batch as well, and suits tables that are small.
+
+    Of the others only rowwise_adagrad depends on the placement: a column-wise shard keeps a mean square of its own columns.
 
     Raises:
         UserError: the two settings exclude each other.
@@ -47,9 +53,10 @@ def placement_for(optimizer: TableOptimizer, placement: Placement, device: torch
                 "use rowwise_adagrad, adagrad or sgd, or sharding.type=data_parallel"
             )
         return "data_parallel"
-    if placement == "data_parallel" and optimizer not in _DENSE:
+    if placement == "data_parallel" and optimizer not in _DATA_PARALLEL:
         raise UserError(
-            f"sharding.type=data_parallel with train.table_optimizer={optimizer}: it exists fused only; use {', '.join(_DENSE)}"
+            f"sharding.type=data_parallel with train.table_optimizer={optimizer}: it exists fused only; "
+            f"use {', '.join(_DATA_PARALLEL)}"
         )
     return placement
 
@@ -64,24 +71,62 @@ def fuse_table_optimizer(
         apply_optimizer_in_backward(_FUSED[optimizer], module.parameters(), {"lr": learning_rate})
 
 
-def build_optimizer(
-    model: DistributedModelParallel, table_optimizer: TableOptimizer, table_learning_rate: float, learning_rate: float
-) -> CombinedOptimizer:
-    """After sharding: Adam for the dense parameters, and for data-parallel tables the optimizer of their choice.
+def build_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
+    """After sharding: the optimizer of the dense parameters and, for data-parallel tables, of those.
+
+    Args:
+        model: sharded, its tables fused with `config.table_optimizer` unless they are data-parallel.
+        config: names both optimizers, their learning rates and options.
 
     Returns:
-        One optimizer over all parameters; the fused part's `step` is a no-op, its update happens in backward.
+        One optimizer over all parameters, the dense ones first. The fused part's `step` is a no-op: its update happens in
+        backward.
     """
     parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
     tables = {name: p for name, p in parameters.items() if ".embedding_bags." in name}
-    dense = {name: p for name, p in parameters.items() if name not in tables}
-    parts: list[KeyedOptimizer] = [_keyed(dense, torch.optim.Adam, lr=learning_rate)]
-    if tables:
-        parts.append(_keyed(tables, _DENSE[table_optimizer], lr=table_learning_rate))
-    else:
-        parts.append(model.fused_optimizer)
-    return CombinedOptimizer(parts)
+    kind, options = getattr(torch.optim, config.optimizer), config.optimizer_options
+    dense: KeyedOptimizer = _keyed(
+        {n: p for n, p in parameters.items() if n not in tables}, kind, config.learning_rate, options
+    )
+    if config.clip_norm is not None:
+        # DDP has averaged the gradients by now, so that every rank finds the same norm.
+        dense = GradientClippingOptimizer(dense, GradientClipping.NORM, config.clip_norm)
+    if not tables:
+        return CombinedOptimizer([dense, model.fused_optimizer])
+    kind, options = _DATA_PARALLEL[config.table_optimizer]
+    return CombinedOptimizer([dense, _keyed(tables, kind, config.table_rate, options)])
 
 
-def _keyed(parameters: dict[str, Any], optimizer: type[torch.optim.Optimizer], **options: Any) -> KeyedOptimizerWrapper:
-    return KeyedOptimizerWrapper(parameters, lambda params: optimizer(params, **options))
+class RateSchedule:
+    """Warm-up and reduction of all learning rates.
+
+    They are a function of what `Progress` holds anyway, so that, unlike in TorchRec's `WarmupOptimizer`, there is no state
+    to save and a resumed run cannot differ.
+
+    Args:
+        optimizer: its groups' present rates are those at scale 1.
+        config: `warmup_steps` and `reduce_factor`.
+    """
+
+    def __init__(self, optimizer: KeyedOptimizer, config: TrainConfig) -> None:
+        self._config = config
+        self._groups: list[tuple[Any, float]] = [(group, group["lr"]) for group in optimizer.param_groups]
+
+    def set(self, step: int, reductions: int) -> None:
+        """Sets the rates for step number `step`, from 0, when they have been reduced `reductions` times.
+
+        Call it before the step's `zero_grad`, in which the fused optimizers hand their rate to their kernels.
+        """
+        warm = min(1.0, (step + 1) / max(self._config.warmup_steps, 1))
+        scale = warm * self._config.reduce_factor**reductions
+        for group, rate in self._groups:
+            group["lr"] = scale * rate
+
+
+def _keyed(
+    parameters: dict[str, Any], kind: Callable[..., torch.optim.Optimizer], rate: float, options: dict[str, Any]
+) -> KeyedOptimizerWrapper:
+    """An optimizer of torch, one kernel for all of a step's arithmetic where it has one."""
+    if "fused" in inspect.signature(kind).parameters and not {"fused", "foreach", "differentiable"} & options.keys():
+        options = {**options, "fused": True}
+    return KeyedOptimizerWrapper(parameters, lambda params: kind(params, lr=rate, **options))

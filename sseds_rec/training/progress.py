@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
 
 from sseds_rec.files import write_text
 from sseds_rec.output import LINE_SECONDS, progress_console
+
+#: What an event says of itself; the rest are numbers to draw over steps.
+_NOT_CURVES = {"kind", "split", "step", "epoch", "seconds", "samples"}
 
 
 class StepReporter:
@@ -74,27 +78,34 @@ class StepReporter:
 
 
 class History:
-    """`history.jsonl`: one JSON object a line, in order of steps.
+    """What happened, in order of steps: `history.jsonl`, one JSON object a line, and the same as curves for TensorBoard.
+
+    Both are written out with every event, so that what comes after a kill goes on where they stop.
 
     Args:
-        path: the file; events after `step` are removed, since they will happen again.
-        step: where training goes on.
+        folder: of the stage; gets `history.jsonl` and `tensorboard/`.
+        step: where training goes on; events after it are removed, since they will happen again.
         enabled: only the main rank writes.
     """
 
-    def __init__(self, path: Path, step: int, enabled: bool) -> None:
-        self.path = path
+    def __init__(self, folder: Path, step: int, enabled: bool) -> None:
+        self.path = folder / "history.jsonl"
         self.enabled = enabled
         if enabled:
-            lines = path.read_text().splitlines() if path.exists() else []
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if _step_of(line) <= step]
-            write_text(path, "".join(f"{line}\n" for line in kept))
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+            self._curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add(self, event: dict[str, Any]) -> None:
-        """Appends an event."""
-        if self.enabled:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+        """Appends an event: its `step`, `split` if it is an evaluation, and numbers."""
+        if not self.enabled:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        for name in event.keys() - _NOT_CURVES:
+            self._curves.add_scalar(f"{event.get('split', 'train')}/{name}", event[name], event["step"])
+        self._curves.flush()
 
 
 def _step_of(line: str) -> float:

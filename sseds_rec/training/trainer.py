@@ -3,50 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer
 
 from sseds_rec.data.loader import Loader
 from sseds_rec.distributed.runtime import Runtime
-from sseds_rec.errors import UserError
+from sseds_rec.errors import Preempted, UserError
 from sseds_rec.training.checkpoint import CheckpointStore, Progress
+from sseds_rec.training.config import TrainConfig
 from sseds_rec.training.metrics import evaluate
-from sseds_rec.training.optimizers import TableOptimizer
+from sseds_rec.training.optimizers import RateSchedule
+from sseds_rec.training.pipelines import train_pipeline
+from sseds_rec.training.preemption import preemption
 from sseds_rec.training.progress import History, StepReporter
 
 #: Steps between looks at the loss: each costs an all-reduce and, on CUDA, a synchronisation.
 _CHECK_STEPS = 20
-
-
-class TrainConfig(BaseModel):
-    """The `train` section of a config; the defaults are the paper's (Section 4.1.3).
-
-    Attributes:
-        epochs: at most.
-        batch_size: rows a step over all ranks.
-        learning_rate: Adam's, for dense parameters.
-        table_optimizer: what trains the embedding tables.
-        table_learning_rate: its learning rate; null for `learning_rate`.
-        embedding_l2: λ of λ/2 · mean_b Σ_i ||e_bi||² over the batch's embeddings.
-        patience: epochs without a better validation AUC after which training stops.
-        checkpoint_steps: steps between checkpoints; null for one an epoch.
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    epochs: int = Field(10, ge=1, strict=True)
-    batch_size: int = Field(2048, ge=1, strict=True)
-    learning_rate: float = Field(1e-3, gt=0)
-    table_optimizer: TableOptimizer = "adam"
-    table_learning_rate: float | None = Field(None, gt=0)
-    embedding_l2: float = Field(0.0, ge=0)
-    patience: int = Field(2, ge=1)
-    checkpoint_steps: int | None = Field(None, ge=1)
 
 
 @dataclass(frozen=True)
@@ -65,8 +42,9 @@ class Trainer:
         optimizer: over all its parameters.
         loaders: of this rank.
         config: the `train` section.
-        folder: gets `history.jsonl` and `checkpoints/`.
+        folder: gets `history.jsonl`, `tensorboard/` and `checkpoints/`.
         runtime: of this process.
+        fingerprint: of the settings that a checkpoint must have been made under.
     """
 
     def __init__(
@@ -77,18 +55,22 @@ class Trainer:
         config: TrainConfig,
         folder: Path,
         runtime: Runtime,
+        fingerprint: str = "",
     ) -> None:
         self.model, self.optimizer, self.loaders, self.config, self.runtime = model, optimizer, loaders, config, runtime
         self.section = "train" if folder.name == "pretrain" else folder.name
-        self.checkpoints = CheckpointStore(folder / "checkpoints", runtime)
+        self.checkpoints = CheckpointStore(
+            folder / "checkpoints", runtime, config.keep_checkpoints, config.async_checkpoints, fingerprint
+        )
         self.progress = Progress()
         self.reporter = StepReporter(folder.name, runtime.is_main)
+        self.rates = RateSchedule(optimizer, config)
         steps = self.checkpoints.steps()
         runtime.barrier()  # every rank has looked before rank 0 changes anything
         if steps:
             self.progress = self.checkpoints.load(steps[-1], model, optimizer)
             self.reporter.line(f"resuming after step {self.progress.step}")
-        self.history = History(folder / "history.jsonl", self.progress.step, runtime.is_main)
+        self.history = History(folder, self.progress.step, runtime.is_main)
 
     def fit(self) -> Progress:
         """Trains until the epochs are done or validation AUC stops rising.
@@ -98,13 +80,16 @@ class Trainer:
 
         Raises:
             UserError: the loss is not finite (names step and learning rate).
+            Preempted: a rank got SIGTERM; a checkpoint has been written.
         """
-        while self.progress.epoch < self.config.epochs and self.progress.bad_epochs < self.config.patience:
-            self._train_epoch()
-            self._validate()
+        with preemption(self.runtime) as requested:
+            while self.progress.epoch < self.config.epochs and self.progress.bad_epochs < self.config.patience:
+                self._train_epoch(requested)
+                self._validate()
+            self.checkpoints.finish()
         return self.progress
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self, preempted: Callable[[], bool]) -> None:
         loader, progress = self.loaders.train, self.progress
         loader.set_epoch(progress.epoch)
         if progress.loader:
@@ -113,28 +98,34 @@ class Trainer:
         losses: list[torch.Tensor] = []
         self.model.train()
         mark = time.monotonic()
-        with self.reporter.epoch(progress.epoch, self.config.epochs, first, len(loader)):
-            for batch in loader:
-                self.optimizer.zero_grad()
-                loss, (reported, _, _) = self.model(batch.to(self.runtime.device, non_blocking=True))
-                loss.backward()
-                self.optimizer.step()
-                losses.append(reported)
+        with (
+            self.reporter.epoch(progress.epoch, self.config.epochs, first, len(loader)),
+            train_pipeline(self.model, self.optimizer, self.runtime) as train_step,
+        ):
+            batches = iter(loader)
+            while done < len(loader):
+                self.rates.set(progress.step, progress.reductions)
+                losses.append(train_step(batches)[0])
                 done += 1
                 progress.step += 1
                 progress.samples += self.config.batch_size
-                checkpoint = (
-                    self.config.checkpoint_steps
-                    and progress.step % self.config.checkpoint_steps == 0
-                    and done < len(loader)
-                )
-                if len(losses) == _CHECK_STEPS or done == len(loader) or checkpoint:
+                last = done == len(loader)  # after it comes validation, and then a checkpoint
+                stop = preempted() and not last
+                every = self.config.checkpoint_steps
+                checkpoint = stop or (every is not None and progress.step % every == 0 and not last)
+                if len(losses) == _CHECK_STEPS or last or checkpoint:
                     mark = self._look_at(losses, done, len(loader), mark)
                     losses.clear()
                 if checkpoint:
-                    progress.loader = loader.state_dict()
+                    progress.loader = loader.state_dict(trained=done)
                     self.checkpoints.save(self.model, self.optimizer, progress)
                     mark = time.monotonic()
+                if stop:
+                    self.checkpoints.finish()
+                    self.reporter.line(
+                        f"stopped by SIGTERM after step {progress.step}; the same command goes on from there"
+                    )
+                    raise Preempted(f"after step {progress.step}")
 
     def _look_at(self, losses: list[torch.Tensor], done: int, steps: int, mark: float) -> float:
         """Checks and reports the losses since the last look; returns the time it ended."""
@@ -156,6 +147,7 @@ class Trainer:
             "step": self.progress.step,
             "epoch": self.progress.epoch + done / steps,
             "loss": float(values.mean()),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
         self.history.add({**event, "samples_per_second": rate, "seconds": self.progress.seconds})
         return time.monotonic()
@@ -172,12 +164,16 @@ class Trainer:
             progress.best_auc, progress.best_step, progress.bad_epochs = metrics.auc, progress.step, 0
         else:
             progress.bad_epochs += 1
+        every = self.config.reduce_patience
+        reduced = every is not None and not better and progress.bad_epochs % every == 0
+        progress.reductions += reduced
         self.reporter.line(
             f"epoch {progress.epoch}/{self.config.epochs}  validation AUC {metrics.auc:.4f}  logloss {metrics.logloss:.4f}"
             f"  {progress.samples / progress.train_seconds:,.0f} samples/s{'  best' if better else ''}"
+            f"{'  learning rates reduced' if reduced else ''}"
         )
         event = {"kind": "eval", "split": "validation", "step": progress.step, "epoch": progress.epoch}
-        self.history.add({**event, "auc": metrics.auc, "logloss": metrics.logloss, "seconds": progress.seconds})
+        self.history.add({**event, **metrics.as_dict(), "seconds": progress.seconds})
         self.checkpoints.save(self.model, self.optimizer, progress)
 
 

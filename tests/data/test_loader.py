@@ -1,6 +1,7 @@
 """The loader: every row once, on any number of ranks, in any order, across interruptions."""
 
 import itertools
+import json
 import threading
 import time
 from collections import Counter
@@ -119,6 +120,91 @@ def test_a_restored_loader_goes_on_with_the_rows_not_yet_seen(opened, world_size
     assert Counter(seen) == Counter(stored)
 
 
+GLOBAL_BATCH = 24
+
+
+def interrupted_epoch(dataset, sessions, **options):
+    """The rows of an epoch in which every session's ranks take a number of batches (None: all), and then others go on.
+
+    Sessions are (ranks, batches); returns the rows in the order of steps, and the number of steps of each session.
+    """
+    state, seen, steps = None, [], []
+    for world_size, count in sessions:
+        batches = []
+        for rank in range(world_size):
+            loader = Loader(
+                dataset, "train", GLOBAL_BATCH // world_size, rank=rank, world_size=world_size, seed=5, **options
+            )
+            loader.set_epoch(3)
+            if state is not None:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+                loader.set_epoch(3)
+            first = loader.state_dict()["batch"]
+            batches.append(list(itertools.islice(loader, count)))
+            after = loader.state_dict()
+            assert after["batch"] == first + len(batches[0])
+            if count is None:
+                assert after["batch"] == len(loader)
+        state = after
+        steps.append(len(batches[0]))
+        for step in zip(*batches, strict=True):
+            assert {len(batch.labels) for batch in step} == {GLOBAL_BATCH // world_size} or not options["drop_last"]
+            seen += rows_of(step)
+    return seen, steps
+
+
+CHANGES = [
+    [(2, 7), (1, None)],
+    [(1, 7), (2, None)],
+    [(2, 1), (3, None)],
+    [(2, 0), (3, 4), (3, None)],
+    [(3, 20), (2, 0), (4, 5), (1, 3), (2, None)],
+]
+
+
+@pytest.mark.parametrize("sessions", CHANGES)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_other_numbers_of_ranks_go_on_with_every_row_not_yet_seen(opened, sessions, shuffle):
+    dataset, stored = opened
+    seen, steps = interrupted_epoch(dataset, sessions, shuffle=shuffle, drop_last=True)
+    assert not Counter(seen) - Counter(stored)  # none twice
+    assert len(stored) - len(seen) < GLOBAL_BATCH + sessions[-1][0]  # what does not fill a last batch
+    assert sum(steps) in (TRAIN // GLOBAL_BATCH, TRAIN // GLOBAL_BATCH - 1)
+    whole, _ = interrupted_epoch(dataset, sessions, shuffle=shuffle, drop_last=False)
+    assert Counter(whole) == Counter(stored)
+
+
+def test_an_interruption_among_the_same_ranks_changes_no_batch(folder):
+    sessions = [(2, 7), (3, 9), (3, 2), (3, None)]
+    assert (
+        interrupted_epoch(folder, sessions, shuffle=True, drop_last=True)[0]
+        == (interrupted_epoch(folder, [(2, 7), (3, None)], shuffle=True, drop_last=True)[0])
+    )
+
+
+def test_rows_left_over_by_other_ranks_stay_in_their_order(folder):
+    seen, _ = interrupted_epoch(folder, [(2, 7), (1, None)], shuffle=True, drop_last=True)
+    rest = []
+    for rank in range(2):
+        loader = Loader(folder, "train", 12, rank=rank, world_size=2, seed=5, shuffle=True)
+        loader.set_epoch(3)
+        rest += rows_of(loader)[7 * 12 :]
+    assert seen[2 * 7 * 12 :] == rest[: len(seen) - 2 * 7 * 12]
+
+
+def test_the_next_epoch_is_divided_afresh(folder):
+    first = Loader(folder, "train", 12, world_size=2, shuffle=True)
+    next(iter(first))
+    loader = Loader(folder, "train", 24, shuffle=True)
+    loader.load_state_dict(first.state_dict())
+    list(loader)
+    fresh = Loader(folder, "train", 24, shuffle=True)
+    assert rows_of(loader) == rows_of(fresh)  # the same epoch again
+    for each in (loader, fresh):
+        each.set_epoch(1)
+    assert len(loader) == len(fresh) and rows_of(loader) == rows_of(fresh)
+
+
 def test_state_counts_what_was_handed_out_not_what_was_read_ahead(folder):
     loader = Loader(folder, "train", 32, prefetch=4)
     batches = iter(loader)
@@ -134,8 +220,11 @@ def test_a_state_of_other_settings_is_refused(folder):
     state = Loader(folder, "train", 32, shuffle=True).state_dict()
     with pytest.raises(UserError, match="batch_size was 32, now 16"):
         Loader(folder, "train", 16, shuffle=True).load_state_dict(state)
-    with pytest.raises(UserError, match="world_size was 1, now 2"):
+    with pytest.raises(UserError, match="batch_size was 32, now 64"):  # rows a step over all ranks
         Loader(folder, "train", 32, shuffle=True, world_size=2).load_state_dict(state)
+    with pytest.raises(UserError, match="3 processes cannot have had 99 batches of 1003 rows"):
+        thrice = {**state, "batch": 99, "world_size": 3}
+        Loader(folder, "train", 16, shuffle=True, world_size=2).load_state_dict(thrice)
     with pytest.raises(UserError, match="batch 99 is no position in 32 batches"):
         Loader(folder, "train", 32, shuffle=True).load_state_dict({**state, "batch": 99})
 

@@ -29,6 +29,7 @@ from sseds_rec.models.ticket import load_ticket
 from sseds_rec.search.scores import DimensionScores
 from sseds_rec.search.tap import plan_tables
 from sseds_rec.training.checkpoint import load_weights, save_weights
+from sseds_rec.training.config import TrainConfig
 from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer
 from tests.command import Command
 from tests.models.plain import explicit_scores, plain_deepfm
@@ -97,7 +98,10 @@ def _shard(model: CtrModel, rank: int, world_size: int, optimizer: str) -> Distr
 
 def _train(model: DistributedModelParallel, batch: Batch, steps: int, optimizer: str) -> None:
     model.train()
-    stepper = build_optimizer(model, optimizer, 0.1, 0.01)  # type: ignore[arg-type]
+    stepper = build_optimizer(
+        model,
+        TrainConfig(table_optimizer=optimizer, table_learning_rate=0.1, learning_rate=0.01),  # type: ignore[arg-type]
+    )
     for _ in range(steps):
         stepper.zero_grad()
         model(batch)[0].backward()

@@ -1,4 +1,4 @@
-"""The shipped model as the pipeline builds and shards it: its scores equal those of a plain PyTorch copy with explicit α."""
+"""Models as the pipeline builds and shards them: their scores equal those of a plain PyTorch copy with explicit α."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from sseds_rec.data.batch import Batch
 from sseds_rec.data.schema import Field, Schema, Split
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import ShardingConfig, shard
-from sseds_rec.models import ModelConfig, build_model
+from sseds_rec.models import build_model
 from sseds_rec.training.optimizers import fuse_table_optimizer
-from tests.models.plain import explicit_scores, fill_tables, plain_deepfm
+from tests.models.clicks import CONFIGS, config_of
+from tests.models.plain import PLAIN, explicit_scores, fill_tables
 from tests.ranks import run_ranks
 
 ROWS = {"user": 40, "ad": 25, "hour": 6}
@@ -49,10 +50,10 @@ def _tables() -> dict[str, Tensor]:
 
 
 def _scores_on_rank(
-    rank: int, world_size: int, criterion: str, placement: str
+    rank: int, world_size: int, case: str, criterion: str, placement: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     torch.manual_seed(0)
-    model = build_model(ModelConfig(embedding_dim=D, hidden=[16, 8]), _schema())
+    model = build_model(config_of(case, embedding_dim=D), _schema())
     fuse_table_optimizer(model, "rowwise_adagrad", 0.1, placement)  # type: ignore[arg-type]
     config = ShardingConfig(type=placement)  # type: ignore[arg-type]
     sharded = shard(model, config, Runtime(rank, world_size, torch.device("cpu")), COUNT)
@@ -64,18 +65,28 @@ def _scores_on_rank(
     }
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("placement", ["auto", "data_parallel", "column_wise"])
-@pytest.mark.parametrize("criterion", ["snip", "ggn"])
-def test_scores_equal_explicit_alpha_on_a_plain_copy(world_size: int, placement: str, criterion: str) -> None:
-    answers = run_ranks(world_size, _scores_on_rank, criterion, placement)
-    plain = build_model(ModelConfig(embedding_dim=D, hidden=[16, 8]), _schema()).over.double()
+def _assert_scores_equal_explicit_alpha(case: str, criterion: str, placement: str, world_size: int) -> None:
+    answers = run_ranks(world_size, _scores_on_rank, case, criterion, placement)
+    plain = build_model(config_of(case, embedding_dim=D), _schema()).over.double()
     plain.load_state_dict({name.removeprefix("over."): value.double() for name, value in answers[0][1].items()})
     dense, ids, labels = _data()
     alpha = {name: torch.ones(D, dtype=torch.float64, requires_grad=True) for name in ROWS}
     fields = {name: _tables()[name].double()[ids[name]] * alpha[name] for name in ROWS}
-    logits = plain_deepfm(plain, dense.double(), fields)  # type: ignore[arg-type]
+    logits = PLAIN[config_of(case).name](plain, dense.double(), fields)
     expected = explicit_scores(logits, labels.double(), alpha, criterion)
     for scores, _ in answers:
         for name, values in expected.items():
-            torch.testing.assert_close(scores[name], values, rtol=1e-5, atol=1e-10)
+            torch.testing.assert_close(scores[name], values, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("placement", ["auto", "data_parallel", "column_wise"])
+@pytest.mark.parametrize("criterion", ["snip", "ggn"])
+def test_scores_equal_explicit_alpha_on_a_plain_copy(world_size: int, placement: str, criterion: str) -> None:
+    _assert_scores_equal_explicit_alpha("deepfm", criterion, placement, world_size)
+
+
+@pytest.mark.parametrize("case", [case for case in CONFIGS if case != "deepfm"])
+@pytest.mark.parametrize("criterion", ["snip", "ggn"])
+def test_scores_of_every_model_equal_explicit_alpha(case: str, criterion: str) -> None:
+    _assert_scores_equal_explicit_alpha(case, criterion, "auto", 2)

@@ -62,19 +62,25 @@ def test_results_are_those_of_metrics_json(make_run: MakeRun) -> None:
     base, slim = metrics["pretrain"], metrics["retrain"]
     rows = {row[0]: [value(cell) for cell in row[1:]] for row in Page(write_report(run)).tables[0][1:]}
 
-    for title, key in (("Test AUC", "auc"), ("Test logloss", "logloss")):
+    for title, key in (
+        ("Test AUC", "auc"),
+        ("Test GAUC by carrier", "gauc"),
+        ("Test logloss", "logloss"),
+        ("Test calibration", "calibration"),
+    ):
         assert rows[title] == pytest.approx([base[key], slim[key], slim[key] - base[key]], abs=5.001e-5)
     for title, key, digits in (
         ("Embedding parameters", "embedding_parameters", 0),
         ("All parameters", "parameters", 0),
         ("Training time (s)", "seconds", 1),
         ("Training speed (samples/s)", "samples_per_second", 0),
+        ("Inference speed (samples/s)", "inference_samples_per_second", 0),
     ):
         assert rows[title][:2] == [round(base[key], digits), round(slim[key], digits)]
         assert rows[title][2] == pytest.approx(100 * (slim[key] / base[key] - 1), abs=0.051)
     mib = [4 * side["embedding_parameters"] / 1024**2 for side in (base, slim)]
     assert rows["Embedding memory (MiB, float32)"][:2] == pytest.approx(mib, abs=0.0051)
-    assert len(rows) == 7
+    assert len(rows) == 10
 
 
 def test_plan_table_is_that_of_the_plan_and_the_scores(make_run: MakeRun) -> None:
@@ -93,6 +99,12 @@ def test_plan_table_is_that_of_the_plan_and_the_scores(make_run: MakeRun) -> Non
             assert value(rows[name][5]) == pytest.approx(share, rel=1e-3)
         kept = 100 * math.fsum(scores[name][i] for i in entry["kept"]) / math.fsum(scores[name])
         assert value(rows[name][6]) == pytest.approx(kept, rel=1e-3)
+
+
+def test_gauc_by_two_fields_is_not_compared(make_run: MakeRun) -> None:
+    run = make_run()
+    edit(run / "metrics.json", lambda metrics: metrics["retrain"].update(group_field="dest"))
+    assert not any("GAUC" in row[0] for row in Page(write_report(run)).tables[0])
 
 
 @pytest.mark.parametrize(

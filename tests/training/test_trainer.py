@@ -2,65 +2,25 @@
 
 from __future__ import annotations
 
-import numpy as np
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
-from torchrec import KeyedJaggedTensor
 
 from sseds_rec.data.batch import Batch
-from sseds_rec.distributed.runtime import Runtime
+from sseds_rec.data.loader import Loader
+from sseds_rec.distributed.runtime import Runtime, runtime
+from sseds_rec.distributed.sharding import ShardingConfig, shard
 from sseds_rec.errors import UserError
-from sseds_rec.training.metrics import evaluate
-from sseds_rec.training.trainer import average_batch_norm
+from sseds_rec.models import ModelConfig, build_model
+from sseds_rec.training.config import TrainConfig
+from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer, placement_for
+from sseds_rec.training.trainer import Loaders, Trainer, average_batch_norm
 from tests.ranks import run_ranks
-
-
-class _Echo(nn.Module):
-    """Predicts the dense input."""
-
-    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        logits = batch.dense[:, 0]
-        return logits.mean(), (logits.mean(), logits, batch.labels)
-
-
-def _batch(logits: Tensor, labels: Tensor) -> Batch:
-    return Batch(dense=logits[:, None], sparse=KeyedJaggedTensor.empty(), labels=labels)
-
-
-def _rows() -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(0)
-    logits = (torch.randn(501, generator=random) * 4).round() / 2  # many ties
-    return logits, (torch.rand(501, generator=random) < logits.sigmoid()).float()
-
-
-def _evaluate_on_rank(rank: int, world_size: int) -> dict[str, float]:
-    logits, labels = _rows()
-    bounds = np.linspace(0, 501, world_size + 1).astype(int)
-    mine = slice(int(bounds[rank]), int(bounds[rank + 1]))
-    halves = zip(logits[mine].tensor_split(3), labels[mine].tensor_split(3), strict=True)
-    return evaluate(
-        _Echo(), [_batch(*half) for half in halves], Runtime(rank, world_size, torch.device("cpu"))
-    ).as_dict()
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_metrics_are_exact_over_all_rows_of_all_ranks(world_size: int) -> None:
-    logits, labels = _rows()
-    p = logits.double().sigmoid().numpy()
-    for metrics in run_ranks(world_size, _evaluate_on_rank):
-        assert metrics["samples"] == 501
-        assert metrics["auc"] == pytest.approx(roc_auc_score(labels, p), abs=1e-6)
-        assert metrics["logloss"] == pytest.approx(log_loss(labels, p), abs=1e-9)
-
-
-def test_undefined_metrics_are_refused() -> None:
-    one = Runtime(0, 1, torch.device("cpu"))
-    with pytest.raises(UserError, match="all 4 labels of the split are 1: AUC is undefined"):
-        evaluate(_Echo(), [_batch(torch.zeros(4), torch.ones(4))], one)
-    with pytest.raises(UserError, match="predicts NaN"):
-        evaluate(_Echo(), [_batch(torch.tensor([0.0, float("nan")]), torch.tensor([0.0, 1.0]))], one)
 
 
 def _batch_norm_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
@@ -74,3 +34,118 @@ def _batch_norm_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
 def test_running_statistics_are_averaged_over_ranks() -> None:
     for mean, var in run_ranks(2, _batch_norm_on_rank):
         assert mean.tolist() == [1.5, 1.5] and var.tolist() == [6.0, 6.0]
+
+
+BATCH = 256
+#: Everything that a schedule does: the rates rise for one epoch and a half, and fall whenever the AUC does not rise.
+SCHEDULE: dict[str, Any] = {
+    "epochs": 8,
+    "batch_size": BATCH,
+    "optimizer": "AdamW",
+    "optimizer_options": {"weight_decay": 0.1},
+    "learning_rate": 0.2,
+    "warmup_steps": 30,
+    "clip_norm": 0.1,
+    "patience": 3,
+    "reduce_patience": 1,
+    "reduce_factor": 0.25,
+    "checkpoint_steps": 7,
+}
+
+
+class _Killed(Exception):
+    """Stands for a kill: nothing that the trainer would do in the end is done."""
+
+
+class _Mortal(Loader):
+    """A loader that dies when it has given `life` batches."""
+
+    life = 10**9
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if self.life == 0:
+                raise _Killed
+            self.life -= 1
+            yield batch
+
+
+def _trainer(prepared: Path, folder: Path, config: TrainConfig, place: Runtime) -> Trainer:
+    train = _Mortal(prepared, "train", BATCH, seed=3, shuffle=True, drop_last=True)
+    torch.manual_seed(3)
+    model = build_model(ModelConfig(embedding_dim=8, hidden=[16], dropout=0.2, batch_norm=True), train.schema)
+    placement = placement_for(config.table_optimizer, "auto", place.device)
+    fuse_table_optimizer(model, config.table_optimizer, config.table_rate, placement)
+    sharded = shard(model, ShardingConfig(type=placement), place, BATCH)
+    loaders = Loaders(train, Loader(prepared, "validation", BATCH))
+    return Trainer(sharded, build_optimizer(sharded, config), loaders, config, folder, place)
+
+
+def _state(trainer: Trainer) -> dict[str, Tensor]:
+    """Every number of the model and its optimizers."""
+    state = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
+    for name, values in trainer.optimizer.state_dict()["state"].items():
+        state |= {f"{name}.{key}": value for key, value in values.items()}
+    return {
+        name: value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
+        for name, value in state.items()
+    }
+
+
+def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    events = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
+    return [event for event in events if event["kind"] == kind]
+
+
+@pytest.mark.parametrize("table_optimizer", ["adam", "rowwise_adagrad"])
+def test_schedules_survive_kills_bit_for_bit(table_optimizer: str, prepared: Path, tmp_path: Path) -> None:
+    config = TrainConfig(**SCHEDULE, table_optimizer=table_optimizer)
+    with runtime("cpu") as place:
+        whole = _trainer(prepared, tmp_path / "whole", config, place)
+        expected = whole.fit()
+        assert expected.reductions >= 1
+        after = [e["step"] for e in _events(tmp_path / "whole", "train") if e["step"] > 30 and e["learning_rate"] < 0.2]
+        for step in (17, 40, after[0] + 5):  # warming up, warm, reduced
+            killed = _trainer(prepared, tmp_path / "killed", config, place)
+            killed.loaders.train.life = step - killed.progress.step
+            with pytest.raises(_Killed):
+                killed.fit()
+        resumed = _trainer(prepared, tmp_path / "killed", config, place)
+        assert resumed.progress.reductions >= 1
+        progress = resumed.fit()
+    times = {"seconds", "train_seconds"}
+    assert progress.model_dump(exclude=times) == expected.model_dump(exclude=times)
+    ours, theirs = _state(resumed), _state(whole)
+    assert ours.keys() == theirs.keys() and any("embedding_bags" in name for name in ours)
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_rates_fall_when_the_auc_does_not_rise_and_training_ends_with_patience(prepared: Path, tmp_path: Path) -> None:
+    config = TrainConfig(**{**SCHEDULE, "epochs": 30, "learning_rate": 0.2, "patience": 4, "reduce_patience": 2})
+    with runtime("cpu") as place:
+        trainer = _trainer(prepared, tmp_path, config, place)
+        steps = len(trainer.loaders.train)
+        progress = trainer.fit()
+    aucs = [event["auc"] for event in _events(tmp_path, "eval")]
+    assert len(aucs) == progress.epoch < 30
+    rates, bad, best = [1.0], 0, 0.0
+    for auc in aucs:  # of the epochs, after which the next one's rate is known
+        bad = 0 if auc > best else bad + 1
+        best = max(best, auc)
+        rates.append(rates[-1] * (0.25 if bad and bad % 2 == 0 else 1.0))
+    assert bad == 4 and progress.best_auc == best
+    assert progress.best_step == steps * (aucs.index(best) + 1) and progress.best_step in trainer.checkpoints.steps()
+    for event in _events(tmp_path, "train"):
+        last = event["step"] - 1
+        expected = 0.2 * min(1.0, (last + 1) / 30) * rates[last // steps]
+        assert event["learning_rate"] == pytest.approx(expected)
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_step(prepared: Path, tmp_path: Path) -> None:
+    config = TrainConfig(batch_size=BATCH, optimizer="SGD", learning_rate=1e30)
+    with (
+        runtime("cpu") as place,
+        pytest.raises(UserError, match=r"the loss is nan at step \d+ .*train.learning_rate=1e\+30"),
+    ):
+        _trainer(prepared, tmp_path / "pretrain", config, place).fit()

@@ -1,0 +1,55 @@
+"""FuxiCTR's part in `end_to_end.py`, which runs it: `end_to_end_fuxictr.py FOLDER DIM`.
+
+Trains one epoch of DeepFM, composed of FuxiCTR's own layers, on FOLDER/{train,valid}.npz, with what its `BaseModel.fit` does
+besides: gradient clipping, validation, the best model saved. It reads npz, which it holds in memory; its Parquet loader starts
+Ray and is slower. It runs in a virtual environment of its own, so nothing of `sseds_rec` is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from fuxictr.features import FeatureMap
+from fuxictr.pytorch.dataloaders import RankDataLoader
+from fuxictr.pytorch.layers import FactorizationMachine, FeatureEmbedding, MLP_Block
+from fuxictr.pytorch.models import BaseModel
+
+
+class DeepFM(BaseModel):
+    def __init__(self, feature_map: FeatureMap, dim: int, folder: str) -> None:
+        super().__init__(
+            feature_map, model_id="deepfm", task="binary_classification", model_root=folder, metrics=["AUC"], verbose=0
+        )
+        self.embedding_layer = FeatureEmbedding(feature_map, dim)
+        self.fm = FactorizationMachine(feature_map)
+        self.mlp = MLP_Block(input_dim=feature_map.sum_emb_out_dim(), output_dim=1, hidden_units=[1024, 1024])
+        self.compile("adam", "binary_crossentropy", 1e-3)
+        self.reset_parameters()
+        self.model_to_device()
+
+    def forward(self, inputs: Any) -> dict[str, torch.Tensor]:
+        x = self.get_inputs(inputs)
+        embeddings = self.embedding_layer(x)
+        z = self.fm(x, embeddings) + self.mlp(embeddings.flatten(start_dim=1))
+        return {"y_pred": self.output_activation(z)}
+
+
+def main() -> None:
+    folder, dim = sys.argv[1], int(sys.argv[2])
+    feature_map = FeatureMap("fuxictr", folder)
+    feature_map.load(f"{folder}/feature_map.json", {"embedding_dim": dim})
+    train, valid = RankDataLoader(
+        feature_map,
+        stage="train",
+        train_data=f"{folder}/train.npz",
+        valid_data=f"{folder}/valid.npz",
+        batch_size=2048,
+        data_format="npz",
+    )
+    DeepFM(feature_map, dim, folder).fit(train, validation_data=valid, epochs=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Pre-emption: SIGTERM lets the step under way end, and all ranks stop after the same one."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from sseds_rec.distributed.runtime import Runtime
+
+
+@contextmanager
+def preemption(runtime: Runtime) -> Iterator[Callable[[], bool]]:
+    """Catches SIGTERM, and tells all ranks that one of them got it.
+
+    A rank that asks begins an all-reduce on the CPU and gets the answer of the one begun when it asked last. So no rank waits
+    for a GPU or, as a rule, for another rank, and the answer is one step late. A signal for which no step came any more
+    is raised again at the end of the block.
+
+    Args:
+        runtime: of this process, whose main thread this is.
+
+    Yields:
+        `requested()`: call it once a step on every rank; it returns the same on all.
+    """
+    received = False
+    group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
+    under_way: tuple[dist.Work, torch.Tensor] | None = None
+
+    def receive(*_: object) -> None:
+        nonlocal received
+        received = True
+
+    def requested() -> bool:
+        nonlocal under_way
+        if group is None:
+            return received
+        before = under_way
+        flag = torch.tensor(int(received))
+        under_way = dist.all_reduce(flag, dist.ReduceOp.MAX, group, async_op=True), flag
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1])
+
+    outer = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGTERM, outer)
+    if received:
+        signal.raise_signal(signal.SIGTERM)

@@ -1,0 +1,64 @@
+"""Precision of the dense part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sseds_rec.distributed.runtime import Runtime
+from sseds_rec.distributed.sharding import ShardingConfig, shard
+from sseds_rec.errors import UserError
+from sseds_rec.models import build_model, build_slim_model
+from sseds_rec.training.compute import prepare_dense
+from sseds_rec.training.config import Precision, TrainConfig
+from tests.models.clicks import COUNT, D, batch_of, config_of, plan_of, randomize, schema_of
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def step_of(rank: int, world_size: int, name: str, precision: Precision) -> dict[str, Tensor]:
+    """Logits of a slim model, and the gradients of its dense part."""
+    torch.manual_seed(0)
+    model = build_slim_model(config_of(name), schema_of(2), plan_of("mixed"), "random")
+    randomize(model.over, 5)
+    prepare_dense(model, TrainConfig(precision=precision), CPU)
+    sharded = shard(model, ShardingConfig(), Runtime(rank, world_size, CPU), COUNT)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in sharded.parameters():
+            if parameter.shape[-1] in (4, D):
+                parameter.copy_(torch.randn(parameter.shape))
+    loss, (_, logits, _) = sharded(batch_of(2))
+    loss.backward()
+    return {"logits": logits} | {n: p.grad for n, p in sharded.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["deepfm", "dlrm", "dcnv2"])
+def test_bf16_rounds_the_products_of_a_model(name: str) -> None:
+    (exact,) = run_ranks(1, step_of, name, "float32")
+    (rounded,) = run_ranks(1, step_of, name, "bf16")
+    assert exact.keys() == rounded.keys()
+    for key, value in exact.items():
+        assert rounded[key].dtype == torch.float32
+        cosine = torch.cosine_similarity(rounded[key].flatten(), value.flatten(), dim=0)
+        assert cosine > 0.95, (key, float(cosine))
+    assert not torch.equal(rounded["logits"], exact["logits"])
+
+
+def test_interaction_stays_exact_under_autocast() -> None:
+    """Its two sums are large beside their difference: rounded to bf16 they would leave noise."""
+    model = build_slim_model(config_of("fm"), schema_of(0), plan_of("mixed"), "random")
+    fields = model.over.fields
+    dense, raw = torch.randn(COUNT, 2), 100 + torch.randn(COUNT, fields.raw_dim)
+    first_order = nn.Linear(2 + fields.raw_dim, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = fields.fm(dense, raw, first_order)
+    assert torch.equal(under_autocast, fields.fm(dense, raw, first_order))
+
+
+def test_refuses_tf32_on_a_cpu() -> None:
+    model = build_model(config_of("dnn"), schema_of(0))
+    with pytest.raises(UserError, match="train.precision=tf32.*use float32 or bf16"):
+        prepare_dense(model, TrainConfig(precision="tf32"), CPU)
