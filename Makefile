@@ -24,7 +24,7 @@ demo: $(STAMP) ## train, search, slim and retrain on real flights; write a repor
 	@echo "Report: $(CURDIR)/runs/flights_deepfm/report/index.html"
 
 .PHONY: test
-test: $(STAMP) browser ## run the tests
+test: $(STAMP) tools ## run the tests
 	@$(BIN)/python -m pytest
 
 .PHONY: lint
@@ -65,10 +65,10 @@ $(STAMP):
 	@! $(PIP) check | grep -vE '$(KNOWN)' >&2
 	@touch $@
 
-.PHONY: browser
-browser: # one test opens the report in Chromium
-	@[ -n "$$(type -P chromium chromium-browser google-chrome google-chrome-stable)" ] || \
+.PHONY: tools
+tools: # one test opens the report in Chromium, another compiles a model
+	@[ -n "$$(type -P chromium chromium-browser google-chrome google-chrome-stable)" -a -n "$$(type -P g++)" ] || \
 	  if [ "$$(id -u)" = 0 ] && type -P apt-get >/dev/null; then \
-	    echo "Installing Chromium ..." && apt-get -qq update && \
-	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
-	  else echo "No Chromium found: install it, one test opens the report in it" >&2; fi
+	    echo "Installing Chromium and g++ ..." && apt-get -qq update && \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core g++ >/dev/null; \
+	  else echo "No Chromium or no g++ found: install them, tests use both" >&2; fi

@@ -7,6 +7,7 @@ Ray and is slower. It runs in a virtual environment of its own, so nothing of `s
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -22,6 +23,7 @@ class DeepFM(BaseModel):
         super().__init__(
             feature_map, model_id="deepfm", task="binary_classification", model_root=folder, metrics=["AUC"], verbose=0
         )
+        os.makedirs(self.model_dir, exist_ok=True)
         self.embedding_layer = FeatureEmbedding(feature_map, dim)
         self.fm = FactorizationMachine(feature_map)
         self.mlp = MLP_Block(input_dim=feature_map.sum_emb_out_dim(), output_dim=1, hidden_units=[1024, 1024])

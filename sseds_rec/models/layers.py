@@ -17,7 +17,7 @@ def mlp(in_features: int, hidden: Sequence[int], dropout: float, batch_norm: boo
         layers.append(nn.Linear(in_features, width))
         if batch_norm:
             layers.append(nn.BatchNorm1d(width))
-        layers.append(nn.ReLU())
+        layers.append(nn.ReLU(inplace=True))
         if dropout:
             layers.append(nn.Dropout(dropout))
         in_features = width

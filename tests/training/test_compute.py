@@ -1,4 +1,4 @@
-"""Precision of the dense part."""
+"""Precision and compilation of the dense part."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.ranks import run_ranks
 CPU = torch.device("cpu")
 
 
-def step_of(rank: int, world_size: int, name: str, precision: Precision) -> dict[str, Tensor]:
+def step_of(rank: int, world_size: int, name: str, precision: Precision, compile: bool = False) -> dict[str, Tensor]:
     """Logits of a slim model, and the gradients of its dense part."""
     torch.manual_seed(0)
     model = build_slim_model(config_of(name), schema_of(2), plan_of("mixed"), "random")
     randomize(model.over, 5)
-    prepare_dense(model, TrainConfig(precision=precision), CPU)
+    prepare_dense(model, TrainConfig(precision=precision, compile=compile), CPU)
     sharded = shard(model, ShardingConfig(), Runtime(rank, world_size, CPU), COUNT)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -45,6 +45,22 @@ def test_bf16_rounds_the_products_of_a_model(name: str) -> None:
         cosine = torch.cosine_similarity(rounded[key].flatten(), value.flatten(), dim=0)
         assert cosine > 0.95, (key, float(cosine))
     assert not torch.equal(rounded["logits"], exact["logits"])
+
+
+@pytest.mark.parametrize("name", ["deepfm", "dlrm"])
+def test_compiled_model_is_the_same(name: str) -> None:
+    (eager,) = run_ranks(1, step_of, name, "float32")
+    (compiled,) = run_ranks(1, step_of, name, "float32", True)
+    assert compiled.keys() == eager.keys()
+    for key, value in eager.items():
+        torch.testing.assert_close(compiled[key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_refuses_to_compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model = build_model(config_of("dnn"), schema_of(0))
+    with pytest.raises(UserError, match="train.compile=true.*no-such-compiler is not found"):
+        prepare_dense(model, TrainConfig(compile=True), CPU)
 
 
 def test_interaction_stays_exact_under_autocast() -> None:
