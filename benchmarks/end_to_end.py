@@ -1,9 +1,9 @@
 """Training from files beside FuxiCTR's: `python benchmarks/end_to_end.py --peer-python PATH`.
 
-DeepFM of 39 fields, a million table rows, MLP 1024 x 1024, batch 2048, one epoch of the same rows, from start of the process
-to the written model: `sseds train` (row-wise Adagrad in the tables' backward, Adam for the dense part), and FuxiCTR
-(`end_to_end_fuxictr.py`; Adam for all, its default) with the Python of PATH. The two take turns. FuxiCTR runs as the system
-allocates memory and with freed memory kept, as `sseds` always does.
+DeepFM of 39 fields, a million table rows, MLP 1024 x 1024, batch 2048, one epoch of the same rows: `sseds train` (row-wise
+Adagrad in the tables' backward, Adam for the dense part), and FuxiCTR (`end_to_end_fuxictr.py`; Adam for all, its default)
+with the Python of PATH. The two take turns. Compared are samples/s of training, reading included, and whole processes, with
+start, validation and the written model. FuxiCTR runs with freed memory kept as `sseds` always does, or not (`--given-back`).
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ def write_config(prepared: Path, path: Path, dim: int) -> None:
     path.write_text(yaml.safe_dump(config))
 
 
-def seconds_of(command: list[str], **environment: str) -> float:
+def run(command: list[str], **environment: str) -> tuple[float, str]:
+    """Seconds of a whole process, and what it printed."""
     begun = time.perf_counter()
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, done.stdout
 
 
 def main() -> None:
@@ -74,30 +75,41 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--rows", type=int, default=64 * BATCH)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--regularizer", type=float, default=0.0, help="FuxiCTR's embedding_regularizer")
+    parser.add_argument("--given-back", action="store_true", help="FuxiCTR as the system allocates memory")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for sseds")
     arguments = parser.parse_args()
     peer = str(Path(__file__).with_name("end_to_end_fuxictr.py"))
-    print("| d | sseds, s | FuxiCTR, s | FuxiCTR with memory kept, s | ratio | ratio with memory kept |")
-    print("|---|---|---|---|---|---|", flush=True)
+    memory = {} if arguments.given_back else KEPT
+    print("| d | sseds, samples/s | FuxiCTR, samples/s | ratio | sseds, s | FuxiCTR, s | ratio |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_set(folder / "prepared", arguments.rows)
         write_fuxictr_set(folder / "prepared", folder / "fuxictr")
         for dim in arguments.dims:
             write_config(folder / "prepared", folder / f"{dim}.yaml", dim)
-            theirs = [arguments.peer_python, peer, str(folder / "fuxictr"), str(dim)]
-            seconds: dict[str, list[float]] = {"sseds": [], "fuxictr": [], "kept": []}
+            theirs = [arguments.peer_python, peer, str(folder / "fuxictr"), str(dim), str(arguments.regularizer)]
+            rates, seconds = ([], []), ([], [])
             for pair in range(arguments.pairs):
-                run = str(folder / f"run-{dim}-{pair}")
-                ours = [sys.executable, "-m", "sseds_rec", "train", str(folder / f"{dim}.yaml"), "--run-dir", run]
-                seconds["sseds"].append(seconds_of(ours))
-                seconds["fuxictr"].append(seconds_of(theirs))
-                seconds["kept"].append(seconds_of(theirs, **KEPT))
-            ratios = [
-                [a / b for a, b in zip(seconds[side], seconds["sseds"], strict=True)] for side in ("fuxictr", "kept")
-            ]
-            cells = [f"{statistics.median(values):.0f}" for values in seconds.values()]
-            cells += [f"{statistics.median(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in ratios]
-            print(f"| {dim} | {' | '.join(cells)} |", flush=True)
+                run_folder = folder / f"run-{dim}-{pair}"
+                ours = [sys.executable, "-m", "sseds_rec", "train", str(folder / f"{dim}.yaml"), *arguments.overrides]
+                seconds[0].append(run([*ours, "--run-dir", str(run_folder)])[0])
+                rates[0].append(json.loads((run_folder / "metrics.json").read_text())["pretrain"]["samples_per_second"])
+                elapsed, printed = run(theirs, **memory)
+                seconds[1].append(elapsed)
+                rates[1].append(float(printed.split()[-1]))
+            medians = [statistics.median(values) for values in (*rates, *seconds)]
+            print(
+                f"| {dim} | {medians[0]:,.0f} | {medians[1]:,.0f} | {_range(*rates)} "
+                f"| {medians[2]:.0f} | {medians[3]:.0f} | {_range(*reversed(seconds))} |",
+                flush=True,
+            )
+
+
+def _range(above: list[float], below: list[float]) -> str:
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    return f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
 
 
 if __name__ == "__main__":

@@ -11,38 +11,35 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from itertools import cycle
 
 import torch
-from shape import BATCH, batch_of, schema_of
+from shape import BATCH, batch_of, ratio, schema_of, sharded_step
 from torch import nn
 
 from sseds_rec.data.batch import Batch
 from sseds_rec.distributed.runtime import Runtime, runtime
-from sseds_rec.distributed.sharding import ShardingConfig, shard
 from sseds_rec.models import CtrModel, ModelConfig, build_model, build_slim_model
 from sseds_rec.models.fields import FieldEmbeddings
 from sseds_rec.search.allocate import Budget, allocate
 from sseds_rec.search.saliency import score_dimensions
 from sseds_rec.training.config import TrainConfig
-from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer
-from sseds_rec.training.pipelines import train_pipeline
 
 DIM = 128
 Step = Callable[[], object]
 
 
-def steps_of(model: CtrModel, batches: list[Batch], place: Runtime) -> tuple[nn.Module, Step, Step]:
+def steps_of(
+    model: CtrModel, batches: list[Batch], place: Runtime, pipelines: ExitStack
+) -> tuple[nn.Module, Step, Step]:
     """The sharded model, one training step of it and one inference."""
-    config = TrainConfig(table_optimizer="rowwise_adagrad")
-    fuse_table_optimizer(model, config.table_optimizer, config.table_rate, "auto")
-    sharded = shard(model, ShardingConfig(), place, BATCH)
-    step = train_pipeline(sharded, build_optimizer(sharded, config), place).__enter__()
+    sharded, step = sharded_step(model, TrainConfig(table_optimizer="rowwise_adagrad"), batches, place, pipelines)
     endless = cycle(batches)
 
     def train() -> None:
         sharded.train()
-        step(endless)
+        step()
 
     @torch.no_grad()
     def infer() -> None:
@@ -79,11 +76,6 @@ def alternate(steps: Mapping[str, Step], rounds: int, repeat: int = 3) -> dict[s
     return seconds
 
 
-def ratio(above: list[float], below: list[float], style: str = ".2f") -> str:
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
-    return f"{middle:{style}} ({low:{style}} to {high:{style}})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["deepfm", "dlrm"])
@@ -94,11 +86,11 @@ def main() -> None:
         "| model | budget | transform | columns | parameters | base, ms | slim, ms | train | infer | fm / step | align / step |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    with runtime("cpu") as place:
+    with runtime("cpu") as place, ExitStack() as pipelines:
         for name in arguments.models:
             torch.manual_seed(0)
             config = ModelConfig(name=name, embedding_dim=DIM, hidden=[1024, 1024])
-            base, train_base, infer_base = steps_of(build_model(config, schema_of()), batches, place)
+            base, train_base, infer_base = steps_of(build_model(config, schema_of()), batches, place, pipelines)
             for _ in range(5):
                 train_base()
             scores = score_dimensions(base, batches, "ggn")
@@ -107,7 +99,7 @@ def main() -> None:
                 for transform in ("select", "random"):
                     slim = build_slim_model(config, schema_of(), plan, transform)
                     fields = slim.over.fields
-                    _, train_slim, infer_slim = steps_of(slim, batches, place)
+                    _, train_slim, infer_slim = steps_of(slim, batches, place, pipelines)
                     steps = {"base": train_base, "slim": train_slim, "infer base": infer_base, "infer slim": infer_slim}
                     seconds = alternate(steps | alignment_steps(fields), arguments.rounds)
                     print(

@@ -5,6 +5,7 @@
 * products: forward and backward of the MLP's two hidden layers as six bare `torch.mm`, into memory that is there already.
 * stock: what one writes with TorchRec's parts: EmbeddingBagCollection + FM + MLP, Adam for the dense part, planner, DMP.
 * sseds: DeepFM of this library as `sseds train` runs it; it has first-order weights besides.
+* compiled, bf16: the same with `train.compile=true`, and with `train.precision=bf16`.
 
 All sides take turns in the same processes, under the system's own memory allocation and with freed memory kept
 (`distributed/memory.py`); only the latter is how `sseds` runs.
@@ -14,19 +15,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import socket
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from itertools import cycle
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchrec
-from shape import BATCH, NAMES, ROWS, batch_of, schema_of
+from shape import BATCH, NAMES, ROWS, batch_of, ratio, schema_of, sharded_step
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -37,14 +40,11 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from sseds_rec.data.batch import Batch
 from sseds_rec.distributed.memory import keep_freed_memory
 from sseds_rec.distributed.runtime import Runtime
-from sseds_rec.distributed.sharding import ShardingConfig, shard
 from sseds_rec.models import ModelConfig, build_model
 from sseds_rec.training.config import TrainConfig
-from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer
-from sseds_rec.training.pipelines import train_pipeline
 
 WIDTH = 1024
-Block = Callable[[int], None]  # runs so many steps
+Step = Callable[[], object]
 
 
 class Stock(nn.Module):
@@ -72,7 +72,7 @@ class Stock(nn.Module):
         return F.binary_cross_entropy_with_logits(self.deep(values).squeeze(1) + fm, batch.labels)
 
 
-def stock(dim: int, batches: list[Batch], place: Runtime) -> Block:
+def stock(dim: int, batches: list[Batch], place: Runtime, pipelines: ExitStack) -> Step:
     model = Stock(dim)
     _apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, model.embeddings.parameters(), {"lr": 1e-3})
     table_wise = ParameterConstraints(sharding_types=["table_wise"], compute_kernels=["fused"])
@@ -88,52 +88,50 @@ def stock(dim: int, batches: list[Batch], place: Runtime) -> Block:
     optimizer = CombinedOptimizer([sharded.fused_optimizer, adam])
     endless = cycle(batches)
 
-    def block(steps: int) -> None:
-        for _ in range(steps):
-            optimizer.zero_grad()
-            sharded(next(endless)).backward()
-            optimizer.step()
+    def step() -> None:
+        optimizer.zero_grad()
+        sharded(next(endless)).backward()
+        optimizer.step()
 
-    return block
+    return step
 
 
-def sseds(dim: int, batches: list[Batch], place: Runtime) -> Block:
-    config = TrainConfig(table_optimizer="rowwise_adagrad")
+def sseds(dim: int, batches: list[Batch], place: Runtime, pipelines: ExitStack, **options: Any) -> Step:
+    config = TrainConfig(table_optimizer="rowwise_adagrad", **options)
     model = build_model(ModelConfig(name="deepfm", embedding_dim=dim, hidden=[WIDTH, WIDTH]), schema_of())
-    fuse_table_optimizer(model, config.table_optimizer, config.table_rate, "auto")
-    sharded = shard(model, ShardingConfig(), place, len(batches[0].labels))
-    step = train_pipeline(sharded, build_optimizer(sharded, config), place).__enter__()
-    endless = cycle(batches)
-
-    def block(steps: int) -> None:
-        for _ in range(steps):
-            step(endless)
-
-    return block
+    return sharded_step(model, config, batches, place, pipelines)[1]
 
 
-def products(dim: int, batches: list[Batch], place: Runtime) -> Block:
+def products(dim: int, batches: list[Batch], place: Runtime, pipelines: ExitStack) -> Step:
     rows, inputs = len(batches[0].labels), len(NAMES) * dim
     x, hidden, gradient = torch.randn(rows, inputs), torch.randn(rows, WIDTH), torch.randn(rows, WIDTH)
     first, second = torch.randn(WIDTH, inputs), torch.randn(WIDTH, WIDTH)
-    out = {name: torch.empty_like(of) for name, of in {"y": hidden, "x": x, "first": first, "second": second}.items()}
+    of_x, of_hidden = torch.empty_like(x), torch.empty_like(hidden)
+    of_first, of_second = torch.empty_like(first), torch.empty_like(second)
 
-    def block(steps: int) -> None:
-        for _ in range(steps):
-            torch.mm(x, first.T, out=out["y"])
-            torch.mm(hidden, second.T, out=out["y"])
-            torch.mm(gradient, second, out=out["y"])
-            torch.mm(gradient.T, hidden, out=out["second"])
-            torch.mm(gradient, first, out=out["x"])
-            torch.mm(gradient.T, x, out=out["first"])
+    def step() -> None:
+        torch.mm(x, first.T, out=of_hidden)
+        torch.mm(hidden, second.T, out=of_hidden)
+        torch.mm(gradient, second, out=of_hidden)
+        torch.mm(gradient.T, hidden, out=of_second)
+        torch.mm(gradient, first, out=of_x)
+        torch.mm(gradient.T, x, out=of_first)
 
-    return block
-
-
-SIDES = {"products": products, "stock": stock, "sseds": sseds}
+    return step
 
 
-def measure(rank: int, processes: int, port: int, dim: int, keep: bool, rounds: int, steps: int) -> None:
+SIDES: dict[str, Callable[[int, list[Batch], Runtime, ExitStack], Step]] = {
+    "products": products,
+    "stock": stock,
+    "sseds": sseds,
+    "compiled": partial(sseds, compile=True),
+    "bf16": partial(sseds, precision="bf16"),
+}
+
+
+def measure(
+    rank: int, processes: int, port: int, dim: int, keep: bool, sides: list[str], rounds: int, steps: int
+) -> None:
     """One process of one setting; rank 0 prints."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     if keep:
@@ -141,34 +139,27 @@ def measure(rank: int, processes: int, port: int, dim: int, keep: bool, rounds: 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     place = Runtime(rank, processes, torch.device("cpu"))
     batches = [batch_of(seed, BATCH // processes) for seed in range(rank, 4 * processes, processes)]
-    blocks = {name: make(dim, batches, place) for name, make in SIDES.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
-    for turn in range(-1, rounds):  # the first warms up
-        for name, block in blocks.items():
-            place.barrier()
-            begun = time.perf_counter()
-            block(steps)
-            place.barrier()
-            if turn >= 0:
-                seconds[name].append((time.perf_counter() - begun) / steps)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    with ExitStack() as pipelines:
+        made = {side: SIDES[side](dim, batches, place, pipelines) for side in sides}
+        for turn in range(-1, rounds):  # the first warms up
+            for side, step in made.items():
+                place.barrier()
+                begun = time.perf_counter()
+                for _ in range(steps):
+                    step()
+                place.barrier()
+                if turn >= 0:
+                    seconds[side].append((time.perf_counter() - begun) / steps)
     if place.is_main:
-        middle = {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
-        print(
-            f"| {dim} | {processes} | {'kept' if keep else 'given back'} "
-            f"| {' | '.join(f'{value:.1f}' for value in middle.values())} "
-            f"| {_ratio(seconds, 'stock', 'sseds')} | {_ratio(seconds, 'products', 'stock')} "
-            f"| {_ratio(seconds, 'products', 'sseds')} "
-            f"| {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} |",
-            flush=True,
-        )
+        for side in sides:
+            print(
+                f"| {dim} | {processes} | {'kept' if keep else 'given back'} | {side} "
+                f"| {statistics.median(seconds[side]) * 1e3:.1f} "
+                f"| {ratio(seconds['stock'], seconds[side])} | {ratio(seconds['products'], seconds[side])} |",
+                flush=True,
+            )
     dist.destroy_process_group()
-
-
-def _ratio(seconds: dict[str, list[float]], above: str, below: str) -> str:
-    low, middle, high = statistics.quantiles(
-        [a / b for a, b in zip(seconds[above], seconds[below], strict=True)], n=4, method="inclusive"
-    )
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
@@ -176,14 +167,12 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--memory", choices=["kept", "given-back"], nargs="+", default=["kept", "given-back"])
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=["products", "stock", "sseds"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=5, help="a round, of each side")
     arguments = parser.parse_args()
-    print(
-        "| d | processes | freed memory | products, ms | stock, ms | sseds, ms "
-        "| stock / sseds | products / stock | products / sseds | GiB |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| d | processes | freed memory | side | ms a step | stock / side | products / side |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     for memory in arguments.memory:
         for processes in arguments.processes:
             for dim in arguments.dims:
@@ -192,7 +181,7 @@ def main() -> None:
                     port = probe.getsockname()[1]
                 mp.spawn(
                     measure,
-                    (processes, port, dim, memory == "kept", arguments.rounds, arguments.steps),
+                    (processes, port, dim, memory == "kept", arguments.sides, arguments.rounds, arguments.steps),
                     nprocs=processes,
                 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from sseds_rec.data.config import FORMATS, DataConfig
 from sseds_rec.distributed.sharding import ShardingConfig
@@ -98,6 +98,17 @@ class Config(_Section):
     search: SearchConfig = SearchConfig()
     retrain: RetrainConfig = RetrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("retrain")
+    @classmethod
+    def _reduces_before_it_stops(cls, retrain: RetrainConfig, info: ValidationInfo) -> RetrainConfig:
+        reduce = info.data["train"].reduce_patience if "train" in info.data else None
+        if retrain.patience is not None and reduce is not None and reduce >= retrain.patience:
+            raise ValueError(
+                f"it stops after retrain.patience={retrain.patience}, before train.reduce_patience={reduce} has an effect; "
+                "choose a larger patience"
+            )
+        return retrain
 
     def retrain_as_train(self) -> TrainConfig:
         """The `train` section with what `retrain` overrides."""

@@ -19,8 +19,8 @@ from sseds_rec.errors import UserError
 from sseds_rec.files import read_json, write_json
 from sseds_rec.stages import STAGES, Stage
 
-#: Config section -> the first stage that it changes; sections that are not here, such as sharding, change no result.
-_FIRST_STAGE = {"seed": 0, "data": 0, "model": 0, "train": 0, "search": 1, "retrain": 3}
+#: Config section, or key, -> the first stage that it changes; what is not here, such as sharding.type, changes no result.
+_FIRST_STAGE = {"seed": 0, "data": 0, "model": 0, "sharding.comm_precision": 0, "train": 0, "search": 1, "retrain": 3}
 
 #: Keys of those sections that change none either.
 _CHECKPOINTING = {"checkpoint_steps", "keep_checkpoints", "async_checkpoints"}
@@ -120,7 +120,9 @@ def fingerprint(config: Config, stage: Stage) -> str:
 def _first_stage(key: str) -> int:
     """Number of the first stage that a config key changes."""
     section, _, name = key.partition(".")
-    return len(STAGES) if name in _CHECKPOINTING else _FIRST_STAGE.get(section, len(STAGES))
+    if name in _CHECKPOINTING:
+        return len(STAGES)
+    return _FIRST_STAGE.get(key, _FIRST_STAGE.get(section, len(STAGES)))
 
 
 def _remove(folder: Path, hide: bool) -> None:

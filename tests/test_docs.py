@@ -1,4 +1,4 @@
-"""The documents' complete examples run as they stand."""
+"""The documents' complete examples run as they stand, and their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ import pytest
 import sseds_rec as sr
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_relative_links_lead_somewhere() -> None:
+    documents = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    links = [(d, link) for d in documents for link in re.findall(r"\]\(([^)#\s]+)", d.read_text()) if ":" not in link]
+    assert len(links) > 10
+    assert [f"{d.relative_to(ROOT)}: {link}" for d, link in links if not (d.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("launcher", [["python"], ["torchrun", "--standalone", "--nproc-per-node", "2"]])

@@ -15,13 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
 import sseds_rec as sr
 from sseds_rec.config import load_config
 from sseds_rec.data.schema import Schema
+from sseds_rec.distributed.runtime import Runtime
+from sseds_rec.pipeline import Pipeline
+from sseds_rec.run_directory import RunDirectory
 from tests.command import Command
+from tests.ranks import run_ranks
 
 Sseds = Callable[..., Command]
 
@@ -160,6 +165,8 @@ def test_changed_config_is_refused_until_asked_for(
     refused = sseds("run", config, "search.budget.parameters=0.5", "--run-dir", run)
     assert refused.code == 2 and refused.err.count("\n") == 1
     assert "search.budget.parameters=0.25, now it is 0.5" in refused.err and "--rerun-from search" in refused.err
+    rounded = sseds("run", config, "sharding.comm_precision=fp16", "--run-dir", run)
+    assert rounded.code == 2 and "sharding.comm_precision=fp32, now it is fp16" in rounded.err
     assert _results(run) == _results(finished_run)
     done = sseds("run", config, "search.budget.parameters=0.5", "--run-dir", run, "--rerun-from", "search", "--json")
     assert done.code == 0 and done.json["done"] == ["search", "slim", "retrain", "report"]
@@ -280,6 +287,14 @@ def test_what_kills_between_two_writes_leave_is_mended(
     assert not (run / "pretrain/checkpoints").exists() and not (run / ".search.removed").exists()
 
 
+def test_retrain_that_stops_before_its_rates_fall_is_refused(config: Path, sseds: Sseds, tmp_path: Path) -> None:
+    settings = ["train.reduce_patience=1", "retrain.patience=1"]
+    done = sseds("run", config, *settings, "--run-dir", tmp_path / "run")
+    assert done.code == 2 and done.err.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert all(setting in done.err for setting in settings)
+    assert load_config(config, ["train.reduce_patience=1", "retrain.patience=2"]).retrain_as_train().patience == 2
+
+
 def test_early_stopping_keeps_the_best_step_and_retrain_has_its_own_settings(
     config: Path, sseds: Sseds, tmp_path: Path
 ) -> None:
@@ -303,6 +318,16 @@ def test_early_stopping_keeps_the_best_step_and_retrain_has_its_own_settings(
     assert retrain["epochs"] == 1
 
 
+def _pretrain_on_rank(rank: int, world_size: int, config: Path, settings: list[str], run: Path) -> None:
+    runtime = Runtime(rank, world_size, torch.device("cpu"))
+    Pipeline(load_config(config, settings), RunDirectory(run), runtime).pretrain()
+
+
+def _losses(run: Path) -> list[float]:
+    events = [json.loads(line) for line in (run / "pretrain/history.jsonl").read_text().splitlines()]
+    return [event["loss"] for event in events if event["kind"] == "train"]
+
+
 def _torchrun(ranks: int, *args: object) -> None:
     command = [
         sys.executable,
@@ -320,7 +345,7 @@ def _torchrun(ranks: int, *args: object) -> None:
 
 
 @pytest.mark.parametrize("table_optimizer", ["adam", "rowwise_adagrad"])
-def test_two_ranks_give_the_same_metrics_within_noise(
+def test_two_ranks_give_the_same_metrics_as_one_within_noise_and_as_two_exactly(
     config: Path, sseds: Sseds, tmp_path: Path, table_optimizer: str
 ) -> None:
     own = ["train.epochs=6"]  # until the model has settled: before that, its AUC is a matter of the order of the rows
@@ -338,6 +363,9 @@ def test_two_ranks_give_the_same_metrics_within_noise(
     )
     placed = (tmp_path / "two/pretrain/sharding_plan.txt").read_text()
     assert ("data_parallel" if table_optimizer == "adam" else "table_wise") in placed
+    run_ranks(2, _pretrain_on_rank, config, own, tmp_path / "again")
+    assert _results(tmp_path / "again")["pretrain"] == ours["pretrain"]  # the same ranks: to the last bit
+    assert _losses(tmp_path / "again") == _losses(tmp_path / "two")
 
 
 def test_two_ranks_score_a_checkpoint_of_one_as_one_does(finished_run: Path, config: Path, tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ class ShardingConfig(BaseModel):
             planner's choice of table-, row- and column-wise on CUDA. Tables that Adam trains on a CPU are data-parallel,
             since FBGEMM has no fused Adam there. Tables of raw ids are row-wise always.
         comm_precision: in which pooled embeddings, their gradients and the dense gradients go from rank to rank; "bf16" on
-            CUDA only.
+            CUDA only. The gradients of data-parallel tables stay float32: TorchRec averages them in a DDP of its own, which
+            takes no hook. Gradients of a mean loss shrink with the batch: at tens of thousands of rows a rank, fp16 loses
+            the small ones, and bf16, which has float32's range, is the better choice.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -76,7 +78,8 @@ def shard(model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size
         init_data_parallel=not alone,
         data_parallel_wrapper=DefaultDataParallelWrapper(allreduce_comm_precision=config.comm_precision),
     )
-    if alone:  # no DDP, which copies every gradient to average it with nothing, but which also moves the dense part
+    if alone:
+        # No DDP over the dense part: it copies every gradient to average it with nothing. But it also moves that part.
         sharded.module.to(runtime.device)
     return sharded
 

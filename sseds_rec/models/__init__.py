@@ -4,7 +4,7 @@ from sseds_rec import _fbgemm
 
 _fbgemm.check()  # before anything imports TorchRec
 
-from sseds_rec.models import dcnv2, deepfm, dlrm, dnn, fm, wide_deep
+from sseds_rec.models import dcnv2, deepfm, dlrm, dnn, fm, wide_deep  # noqa: F401
 from sseds_rec.models.ctr import CtrModel, build_model, build_slim_model, plan_for, raw_fields, rows_of, table_names
 from sseds_rec.models.registry import MODELS, ModelConfig
 
@@ -14,14 +14,8 @@ __all__ = [
     "ModelConfig",
     "build_model",
     "build_slim_model",
-    "dcnv2",
-    "deepfm",
-    "dlrm",
-    "dnn",
-    "fm",
     "plan_for",
     "raw_fields",
     "rows_of",
     "table_names",
-    "wide_deep",
 ]

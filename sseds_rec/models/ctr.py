@@ -13,7 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from sseds_rec.data.loader import Batch
+from sseds_rec.data.batch import Batch
 from sseds_rec.data.schema import Field, Schema
 from sseds_rec.distributed.managed import managed_collection, spread_ids
 from sseds_rec.errors import UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,8 +45,10 @@ class FieldEmbeddings(nn.Module):
             return embeddings.values()
         # A sharded collection orders its keys by the plan.
         if {*widths.values(), *self.dims.values()} == {self.aligned_dim}:
-            order = [self.names.index(name) for name in widths]
-            fields: Tensor = _Reorder.apply(embeddings.values().unflatten(1, (len(order), -1)), order)
+            # torch.compile makes a constant of it, and warns of caches.
+            places_of = _places if torch.compiler.is_compiling() else _kept_places
+            places = places_of(tuple(self.names), tuple(widths), embeddings.device())
+            fields: Tensor = _Reorder.apply(self._per_field(embeddings.values()), places)
             return fields.flatten(1)
         return torch.cat(list(columns_of(embeddings, self.dims).values()), dim=1)
 
@@ -53,7 +56,7 @@ class FieldEmbeddings(nn.Module):
         """Raw concatenation [B, Σd_i] -> aligned embeddings [B, F, A]."""
         if self.alignment is not None:
             return self.alignment(raw)
-        return raw.unflatten(1, (len(self.dims), self.aligned_dim))
+        return self._per_field(raw)
 
     def fm(self, dense: Tensor, raw: Tensor, first_order: nn.Linear) -> Tensor:
         """The factorization machine b + <w, [dense, raw]> + Σ_{i<j} <ē_i, ē_j>, its pairs over aligned embeddings.
@@ -71,20 +74,30 @@ class FieldEmbeddings(nn.Module):
             pairs = self.alignment.fm(raw, of_raw) if self.alignment is not None else fm(self.align(raw), of_raw)
             return first_order.bias + dense @ of_dense + pairs
 
+    def _per_field(self, raw: Tensor) -> Tensor:
+        # Not `unflatten`: the search scores compiled models under a TorchFunctionMode, where it breaks their graphs.
+        return raw.view(raw.shape[0], len(self.dims), self.aligned_dim)
+
 
 class _Reorder(torch.autograd.Function):
-    """Fields [B, F, D] in another order: both ways one gather of whole rows, in half the time of a concatenation.
-
-    Args:
-        order: where each field goes.
-    """
+    """Fields [B, F, D] in another order (see `_places`): one gather of whole rows, in half the time of a concatenation."""
 
     @staticmethod
-    def forward(ctx: Any, fields: Tensor, order: list[int]) -> Tensor:
-        ctx.order = torch.tensor(order, device=fields.device)
-        return fields.index_select(1, ctx.order.argsort())
+    def forward(ctx: Any, fields: Tensor, places: Tensor) -> Tensor:
+        ctx.places = places
+        return fields.index_select(1, places[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.index_select(1, ctx.order), None
+        return gradient.index_select(1, ctx.places[0]), None
+
+
+def _places(names: tuple[str, ...], keys: tuple[str, ...], device: torch.device) -> Tensor:
+    """Where each of the F keys goes among the names, and where each name comes from: [2, F]."""
+    there = [names.index(key) for key in keys]
+    back = [keys.index(name) for name in names]
+    return torch.tensor([there, back], device=device)
+
+
+_kept_places = cache(_places)  # on CUDA this is a copy to the device, which no step should wait for

@@ -54,7 +54,7 @@ class _FM(torch.autograd.Function):
         embeddings, first_order, total = ctx.saved_tensors
         per_field = gradient[:, None, None]
         of_embeddings = torch.addcmul(per_field * total[:, None], per_field, embeddings, value=-1)
-        of_embeddings.flatten(1).addr_(gradient, first_order)
+        of_embeddings.view(-1, len(first_order)).addr_(gradient, first_order)  # in place: a view or an error
         return of_embeddings, embeddings.flatten(1).T @ gradient
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -54,6 +54,12 @@ class Progress(BaseModel):
     seconds: float = 0.0
     train_seconds: float = 0.0
     samples: int = 0
+
+
+class _Record(Progress):
+    """What `progress.json` holds."""
+
+    fingerprint: str
 
 
 class CheckpointStore:
@@ -130,11 +136,19 @@ class CheckpointStore:
         """Restores model, optimizer and random state in place; the number of ranks and the placement of tables may be new.
 
         Raises:
-            UserError: the checkpoint is damaged, of other settings, or of a placement whose optimizer states differ in kind.
+            UserError: the checkpoint is damaged, of another version, of other settings, or of a placement whose optimizer
+                states differ in kind.
         """
         path = self.path(step)
-        beside = read_json(path / _PROGRESS)
-        if beside.pop("fingerprint") != self.fingerprint:
+        try:
+            record = _Record.model_validate(read_json(path / _PROGRESS))
+        except ValidationError as error:
+            name = ".".join(map(str, error.errors()[0]["loc"])) or "content"
+            raise UserError(
+                f"{path / _PROGRESS}: {name} is not as this version writes it; go on with the version that did, "
+                "or run its stage again"
+            ) from None
+        if record.fingerprint != self.fingerprint:
             raise UserError(
                 f"{path}: it was trained under another config; train on with that one, or choose another --run-dir"
             )
@@ -146,7 +160,7 @@ class CheckpointStore:
         model.load_state_dict(state["model"])
         states = optimizer.state_dict()["state"] | state.get("optimizer", {"state": {}})["state"]
         optimizer.load_state_dict({"state": states})
-        progress = Progress.model_validate(beside)
+        progress = Progress.model_validate(record.model_dump(exclude={"fingerprint"}))
         optimizer.set_optimizer_step(progress.step)  # fused Adam's own count is in no state dict
         if "rng" in state:
             _set_rng(state["rng"], self.runtime)

@@ -34,7 +34,7 @@ class TrainConfig(BaseModel):
             their fused update happens inside backward, before the norm is known.
         embedding_l2: λ of λ/2 · mean_b Σ_i ||e_bi||² over the batch's embeddings.
         patience: validations in a row without a better AUC after which training stops.
-        precision: of the dense part's products; "tf32" and "bf16" (autocast) on CUDA only.
+        precision: of the dense part's products; "bf16" is autocast, "tf32" on CUDA only.
         compile: the dense part with torch.compile.
         checkpoint_steps: steps between checkpoints; null for one an epoch.
         keep_checkpoints: how many of the last ones to keep, besides the best.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,19 +13,30 @@ import torch.distributed as dist
 from sseds_rec.distributed.runtime import Runtime
 
 
+class Requested(Protocol):
+    """Whether a rank got SIGTERM; the same on all ranks, which call it equally often."""
+
+    def __call__(self, wait: bool = False) -> bool:
+        """Asks.
+
+        Args:
+            wait: for all ranks, so that a signal that came before this call counts.
+        """
+
+
 @contextmanager
-def preemption(runtime: Runtime) -> Iterator[Callable[[], bool]]:
+def preemption(runtime: Runtime) -> Iterator[Requested]:
     """Catches SIGTERM, and tells all ranks that one of them got it.
 
     A rank that asks begins an all-reduce on the CPU and gets the answer of the one begun when it asked last. So no rank waits
-    for a GPU or, as a rule, for another rank, and the answer is one step late. A signal for which no step came any more
-    is raised again at the end of the block.
+    for a GPU or, as a rule, for another rank, and the answer is one step late. A signal after which nobody asked any more is
+    raised again at the end of the block.
 
     Args:
         runtime: of this process, whose main thread this is.
 
     Yields:
-        `requested()`: call it once a step on every rank; it returns the same on all.
+        `requested(wait=False)`: call it once a step.
     """
     received = False
     group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
@@ -34,17 +46,17 @@ def preemption(runtime: Runtime) -> Iterator[Callable[[], bool]]:
         nonlocal received
         received = True
 
-    def requested() -> bool:
+    def requested(wait: bool = False) -> bool:
         nonlocal under_way
         if group is None:
             return received
-        before = under_way
-        flag = torch.tensor(int(received))
+        before, flag = under_way, torch.tensor(int(received))
         under_way = dist.all_reduce(flag, dist.ReduceOp.MAX, group, async_op=True), flag
-        if before is None:
+        asked = under_way if wait else before
+        if asked is None:
             return False
-        before[0].wait()
-        return bool(before[1])
+        asked[0].wait()
+        return bool(asked[1])
 
     outer = signal.signal(signal.SIGTERM, receive)
     try:

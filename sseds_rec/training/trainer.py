@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from sseds_rec.training.config import TrainConfig
 from sseds_rec.training.metrics import evaluate
 from sseds_rec.training.optimizers import RateSchedule
 from sseds_rec.training.pipelines import train_pipeline
-from sseds_rec.training.preemption import preemption
+from sseds_rec.training.preemption import Requested, preemption
 from sseds_rec.training.progress import History, StepReporter
 
 #: Steps between looks at the loss: each costs an all-reduce and, on CUDA, a synchronisation.
@@ -86,10 +86,12 @@ class Trainer:
             while self.progress.epoch < self.config.epochs and self.progress.bad_epochs < self.config.patience:
                 self._train_epoch(requested)
                 self._validate()
+                if requested(wait=True):
+                    self._stop()
             self.checkpoints.finish()
         return self.progress
 
-    def _train_epoch(self, preempted: Callable[[], bool]) -> None:
+    def _train_epoch(self, preempted: Requested) -> None:
         loader, progress = self.loaders.train, self.progress
         loader.set_epoch(progress.epoch)
         if progress.loader:
@@ -110,7 +112,7 @@ class Trainer:
                 progress.step += 1
                 progress.samples += self.config.batch_size
                 last = done == len(loader)  # after it comes validation, and then a checkpoint
-                stop = preempted() and not last
+                stop = preempted(wait=last)
                 every = self.config.checkpoint_steps
                 checkpoint = stop or (every is not None and progress.step % every == 0 and not last)
                 if len(losses) == _CHECK_STEPS or last or checkpoint:
@@ -118,14 +120,16 @@ class Trainer:
                     losses.clear()
                 if checkpoint:
                     progress.loader = loader.state_dict(trained=done)
+                    average_batch_norm(self.model, self.runtime)
                     self.checkpoints.save(self.model, self.optimizer, progress)
                     mark = time.monotonic()
                 if stop:
-                    self.checkpoints.finish()
-                    self.reporter.line(
-                        f"stopped by SIGTERM after step {progress.step}; the same command goes on from there"
-                    )
-                    raise Preempted(f"after step {progress.step}")
+                    self._stop()
+
+    def _stop(self) -> NoReturn:
+        self.checkpoints.finish()
+        self.reporter.line(f"stopped by SIGTERM after step {self.progress.step}; the same command goes on from there")
+        raise Preempted(f"after step {self.progress.step}")
 
     def _look_at(self, losses: list[torch.Tensor], done: int, steps: int, mark: float) -> float:
         """Checks and reports the losses since the last look; returns the time it ended."""
@@ -135,6 +139,7 @@ class Trainer:
         self.progress.train_seconds += seconds
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
+            self.checkpoints.finish()  # the last good one may still be being written
             step = self.progress.step - len(losses) + int(bad[0]) + 1
             raise UserError(
                 f"the loss is {float(values[bad[0]])} at step {step} with {self.section}.learning_rate="
@@ -178,7 +183,11 @@ class Trainer:
 
 
 def average_batch_norm(model: nn.Module, runtime: Runtime) -> None:
-    """Gives all ranks the mean of their running statistics: each has seen its own rows only, and they are one model."""
+    """Gives all ranks the mean of their running statistics: each has seen its own rows only, and they are one model.
+
+    To do so in the middle of an epoch changes nothing but rounding: training does not read them, and the mean of the ranks'
+    moving averages is the moving average of the ranks' means.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             assert module.running_mean is not None and module.running_var is not None

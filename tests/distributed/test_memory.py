@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 _FAULTS = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from sseds_rec.distributed.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page would be one fault for 512 pages
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)  # 64 MiB

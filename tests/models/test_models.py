@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchrec.models.dlrm import InteractionArch
 from torchrec.modules.crossnet import CrossNet, LowRankCrossNet
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 import sseds_rec as sr
@@ -23,13 +24,17 @@ from tests.models.clicks import CONFIGS, COUNT, KEPT, batch_of, config_of, plan_
 from tests.models.plain import PLAIN
 from tests.ranks import run_ranks
 
-FORMS = ["uniform", *(f"{plan}-{transform}" for plan in KEPT for transform in ("select", "random"))]
+FORMS = ["uniform", "turned", *(f"{plan}-{transform}" for plan in KEPT for transform in ("select", "random"))]
 
 
 def _build(case: str, num_dense: int, form: str) -> CtrModel:
     plan, _, transform = form.partition("-")
-    if plan == "uniform":
-        return build_model(config_of(case), schema_of(num_dense))
+    if plan in ("uniform", "turned"):
+        model = build_model(config_of(case), schema_of(num_dense))
+        if plan == "turned":  # keys in another order than the fields, and no order that is its own inverse
+            first, *others = model.embeddings.embedding_bag_configs()  # type: ignore[union-attr]
+            model.embeddings = EmbeddingBagCollection([*others, first], device=torch.device("meta"))
+        return model
     return build_slim_model(config_of(case), schema_of(num_dense), plan_of(plan), transform)  # type: ignore[arg-type]
 
 
@@ -69,7 +74,7 @@ def test_only_models_that_align_have_transforms_and_the_output_ignores_the_order
     dims = {"a": 4, "b": 12, "c": 3}
     model = MODELS[config_of(case).name]
     over = model(FieldEmbeddings(dims, 12 if model.aligns else None), 2, config_of(case))
-    assert any(".transforms." in name for name, _ in over.named_parameters()) == (case in ("fm", "deepfm", "dlrm"))
+    assert any(".transforms." in name for name, _ in over.named_parameters()) == model.aligns
     dense, e = torch.randn(5, 2), {name: torch.randn(5, dim) for name, dim in dims.items()}
     expected = over(dense, KeyedTensor.from_tensor_list(list(e), list(e.values())))
     e["c"] = torch.cat([e["c"], torch.full((5, 1), 100.0)], dim=1)  # stored wider, as tables of odd widths are
@@ -162,5 +167,5 @@ def test_plans_that_leave_too_little_are_refused() -> None:
 
 def test_tables_are_named_after_fields() -> None:
     assert table_names(schema_of(0))["user.id"] == "user_id"
-    with pytest.raises(ValueError, match="no model named 'fmm'; choose one of dcnv2, deepfm, dlrm, dnn, fm, wide_deep"):
+    with pytest.raises(ValueError, match=f"no model named 'fmm'; choose one of {', '.join(sorted(MODELS))}"):
         ModelConfig(name="fmm")

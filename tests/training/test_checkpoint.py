@@ -172,6 +172,19 @@ def test_another_config_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"fingerprint": None}, "fingerprint"), ({"phase": 2}, "phase"), ({"loader": {"batch": 1}, "step": "x"}, "step")],
+)
+def test_progress_of_another_version_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    run_ranks(1, _save_and_go_on, str(tmp_path), "table_wise", "sgd")
+    file = tmp_path / "step-00000003/progress.json"
+    held = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({name: value for name, value in held.items() if value is not None}))
+    (message,) = run_ranks(1, _refusal, str(tmp_path), "table_wise", "sgd", "")
+    assert message.startswith(f"{file}: {named} is not as this version writes it") and "\n" not in message
+
+
+@pytest.mark.parametrize(
     ("setting", "changes"),
     [
         ({"seed": 1}, {"pretrain", "retrain"}),
@@ -179,6 +192,7 @@ def test_another_config_is_refused(tmp_path: Path) -> None:
         ({"search": {"num_batches": 3}}, {"retrain"}),
         ({"retrain": {"transform": "random"}}, {"retrain"}),
         ({"sharding": {"type": "row_wise"}}, set()),
+        ({"sharding": {"comm_precision": "fp16"}}, {"pretrain", "retrain"}),
         ({"train": {"checkpoint_steps": 7, "keep_checkpoints": 3, "async_checkpoints": True}}, set()),
         ({"train": {"learning_rate": 0.001}}, set()),  # the default
     ],

@@ -5,14 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
+import sseds_rec as sr
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import ShardingConfig, shard
 from sseds_rec.errors import UserError
 from sseds_rec.models import build_model, build_slim_model
 from sseds_rec.training.compute import prepare_dense
 from sseds_rec.training.config import Precision, TrainConfig
-from tests.models.clicks import COUNT, D, batch_of, config_of, plan_of, randomize, schema_of
+from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer
+from sseds_rec.training.pipelines import train_pipeline
+from tests.models.clicks import COUNT, ROWS, D, batch_of, config_of, plan_of, randomize, schema_of
+from tests.models.plain import fill_tables
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -54,6 +59,38 @@ def test_compiled_model_is_the_same(name: str) -> None:
     assert compiled.keys() == eager.keys()
     for key, value in eager.items():
         torch.testing.assert_close(compiled[key], value, rtol=1e-5, atol=1e-5)
+
+
+def trained_and_scored(rank: int, world_size: int, compile: bool) -> dict[str, Tensor]:
+    """After four steps: the dense weights, logits, and ggn scores of the columns; and how many graphs were compiled."""
+    torch.manual_seed(0)
+    place, config = Runtime(rank, world_size, CPU), TrainConfig(table_optimizer="rowwise_adagrad", compile=compile)
+    model = build_model(config_of("deepfm", hidden=[6]), schema_of(2))
+    randomize(model.over, 5)
+    fuse_table_optimizer(model, config.table_optimizer, 0.05, "auto")
+    prepare_dense(model, config, CPU)
+    local = COUNT // world_size
+    sharded = shard(model, ShardingConfig(), place, local)
+    fill_tables(sharded, {name.replace(".", "_"): torch.randn(n, D) for name, n in ROWS.items()})
+    batch, graphs = batch_of(2, slice(rank * local, (rank + 1) * local)), counters["stats"]["unique_graphs"]
+    with train_pipeline(sharded, build_optimizer(sharded, config), place) as step:
+        batches = iter([batch] * 4)
+        logits = [step(batches)[1] for _ in range(4)]
+    weights = {name: p.detach().clone() for name, p in sharded.named_parameters() if "embedding_bags" not in name}
+    scores = sr.score_dimensions(sharded, [batch], "ggn")
+    compiled = torch.tensor(counters["stats"]["unique_graphs"] - graphs)
+    return {**weights, **scores, "logits": torch.stack(logits), "compiled": compiled}
+
+
+def test_compiled_model_trains_and_is_scored_alike_on_two_ranks() -> None:
+    for compiled, eager in zip(
+        run_ranks(2, trained_and_scored, True), run_ranks(2, trained_and_scored, False), strict=True
+    ):
+        assert compiled.pop("compiled") > 0 == eager.pop("compiled")
+        assert compiled.keys() == eager.keys() >= {"user_id", "ad", "tags", "hour"}
+        for key, value in eager.items():
+            torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=1e-4 if value.ndim != 1 else 1e-6, msg=key)
+        assert (eager["logits"][-1] - eager["logits"][0]).abs().max() > 0.1  # it has learned something
 
 
 def test_refuses_to_compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
