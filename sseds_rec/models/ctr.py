@@ -18,9 +18,10 @@ from sseds_rec.data.schema import Field, Schema
 from sseds_rec.distributed.managed import managed_collection, spread_ids
 from sseds_rec.errors import UserError
 from sseds_rec.models.fields import FieldEmbeddings
-from sseds_rec.models.registry import MODELS, ModelConfig, OverArch
+from sseds_rec.models.registry import MODELS, ModelConfig, OverArch, check_rotates
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.slim.alignment import Init
+from sseds_rec.slim.mass import MassColumns
 
 #: Small, so that the first logits are: TorchRec's own start is ±√(1/n), large in tables of few rows.
 _START = partial(nn.init.normal_, std=0.01)
@@ -35,6 +36,7 @@ class CtrModel(nn.Module):
         embedding_l2: λ of the penalty λ/2 · mean_b Σ_i ||e_bi||², added to the loss in training only.
         is_weighted: whether the batches' ids come with weights.
         raw: fields whose ids are any int64, for managed collision to map to rows.
+        masses: of rotated tables, what gives `over` the mass beside each embedding.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class CtrModel(nn.Module):
         embedding_l2: float = 0.0,
         is_weighted: bool = False,
         raw: Collection[str] = (),
+        masses: MassColumns | None = None,
     ) -> None:
         super().__init__()
         plain = [table for table in tables if table.feature_names[0] not in raw]
@@ -54,12 +57,14 @@ class CtrModel(nn.Module):
         # Rows that new ids take over begin as all rows once did, in a slim model too.
         managed = [replace(table, init_fn=_START) for table in managed]
         self.managed = managed_collection(managed, is_weighted) if managed else None
+        self.masses = masses
         self.over = over
         self.embedding_l2 = embedding_l2
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         embeddings = self._embed(batch.sparse)
-        logits = self.over(batch.dense, embeddings).float()  # of a lower precision under autocast
+        inputs = embeddings if self.masses is None else self.masses(embeddings, batch.sparse)
+        logits = self.over(batch.dense, inputs).float()  # of a lower precision under autocast
         loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
         reported = loss.detach()
         if self.training and self.embedding_l2:
@@ -114,27 +119,40 @@ def build_slim_model(
 ) -> CtrModel:
     """The slim model: the plan's tables, dropped fields gone, transform matrices if the model aligns.
 
+    Every field of a rotated table has one column more, its mass, dropped ones only that: so its mean counts as before.
+
     Args:
         config: of the full model.
         schema: of the data.
         plan: see `plan_for`.
         transform: "random" aligns to the widest kept table, as the paper; "select" to the original width, so that the model
-            equals the full one with the dropped columns masked. A model that does not align equals it in either case.
+            equals the full one with the dropped columns masked, or with projected embeddings if they are rotated. A model that
+            does not align equals it in either case.
         embedding_l2: see `CtrModel`.
 
     Raises:
-        UserError: the plan drops every table, or leaves fewer than the model needs.
+        UserError: the plan drops every table, or leaves fewer than the model needs, or the model cannot be rotated.
     """
-    tables = {field: table for field, table in table_names(schema).items() if plan.tables[table].kept}
-    if not tables:
+    if plan.rotations:
+        check_rotates(config)
+    tables = table_names(schema)
+    kept = {table: own.kept for table, own in plan.tables.items()}
+    if not any(kept.values()):
         raise UserError("the plan drops every table; raise search.budget or set search.min_dim")
-    dims = {field: plan.tables[table].embedding_dim for field, table in tables.items()}
-    aligned_dim = config.embedding_dim if transform == "select" else max(dims.values())
-    fields = FieldEmbeddings(dims, aligned_dim if MODELS[config.name].aligns else None, tables)
-    if fields.alignment is not None and transform == "select":
-        fields.alignment.select({table: plan.tables[table].kept for table in tables.values()})
+    masses = MassColumns(
+        {field: len(kept[table]) for field, table in tables.items()},
+        {field: field for field, table in tables.items() if table in plan.rotations},
+        [field for field, table in tables.items() if plan.tables[table].pooling == "MEAN"],
+        schema.is_weighted,
+    )
+    aligned_dim = config.embedding_dim if transform == "select" else max(map(len, kept.values()))
+    own_tables = {field: tables[field] for field in masses.dims}
+    fields = FieldEmbeddings(masses.dims, aligned_dim if MODELS[config.name].aligns else None, own_tables)
+    if fields.alignment is not None:
+        fields.alignment.start(transform, kept, plan.rotations)
     over = MODELS[config.name](fields, len(schema.dense_fields), config)
-    return CtrModel(plan.embedding_bag_configs(), over, embedding_l2, schema.is_weighted, raw_fields(schema))
+    configs, raw = plan.embedding_bag_configs(), raw_fields(schema)
+    return CtrModel(configs, over, embedding_l2, schema.is_weighted, raw, masses if plan.rotations else None)
 
 
 def raw_fields(schema: Schema) -> list[str]:
@@ -154,21 +172,25 @@ def table_names(schema: Schema) -> dict[str, str]:
     return names
 
 
+def names_in_scores(schema: Schema) -> dict[str, str]:
+    """Sparse field -> its table's name in scores and plans: a set with raw and other fields makes two collections, and the name
+    says which."""
+    raw = raw_fields(schema)
+    several = 0 < len(raw) < len(schema.sparse_fields)
+    return {
+        field: f"{'managed' if field in raw else 'embeddings'}.{table}" if several else table
+        for field, table in table_names(schema).items()
+    }
+
+
 def plan_for(config: ModelConfig, schema: Schema, plan: DimensionPlan) -> DimensionPlan:
     """The plan with its tables in the schema's order, in which the full model concatenates them, and of their own names.
-
-    In a set with raw and other fields the model has two collections, so that the scores' names say which.
 
     Raises:
         UserError: the plan is of another data set or model (names the first table that differs).
     """
-    raw, fields = raw_fields(schema), schema.sparse_fields
-    several = 0 < len(raw) < len(fields)
-    names = {
-        f"{'managed' if field in raw else 'embeddings'}.{table}" if several else table: table
-        for field, table in table_names(schema).items()
-    }
-    expected = {name: rows_of(field) for name, field in zip(names, fields, strict=True)}
+    fields, own_names, names = schema.sparse_fields, table_names(schema), names_in_scores(schema)
+    expected = {names[field.name]: rows_of(field) for field in fields}
     for name in [*expected, *plan.tables]:
         if name not in plan.tables or name not in expected:
             where = "data" if name in expected else "plan"
@@ -179,7 +201,10 @@ def plan_for(config: ModelConfig, schema: Schema, plan: DimensionPlan) -> Dimens
                 f"table {name} has {expected[name]} rows x {config.embedding_dim} columns, the plan says "
                 f"{table.rows} x {table.original_dim}; the plan is of another model, search again"
             )
-    return plan.model_copy(update={"tables": {table: plan.tables[name] for name, table in names.items()}})
+    scored = {own_names[field.name]: names[field.name] for field in fields}
+    tables = {table: plan.tables[name] for table, name in scored.items()}
+    rotations = {table: plan.rotations[name] for table, name in scored.items() if name in plan.rotations}
+    return plan.model_copy(update={"tables": tables, "rotations": rotations})
 
 
 def rows_of(field: Field) -> int:

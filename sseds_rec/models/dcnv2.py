@@ -19,7 +19,8 @@ class DCNv2(OverArch):
     """z = linear output of an MLP over x_L; x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, x_0 = [dense inputs, raw concatenation].
 
     An input that is zero in x_0 is zero in every x_l and adds nothing to the others, so a masked column can be cut from both
-    sides of every W_l. Hence the cross network needs no common width: slim models have no transform matrices.
+    sides of every W_l. Hence the cross network needs no common width: slim models have no transform matrices. But a product of
+    two columns is none of two coordinates, so that tables cannot be rotated.
 
     Args:
         fields: the embedding side.
@@ -27,6 +28,7 @@ class DCNv2(OverArch):
         config: cross layers and their rank, hidden widths, dropout, batch norm.
     """
 
+    rotates = False
     over_raw: ClassVar = {
         "cross.*.v.weight": (1,),
         "cross.*.u.weight": (0,),

@@ -64,6 +64,6 @@ class DLRM(OverArch):
         tables = list(plan.tables.values())
         has_dense = self.bottom is not None
         width = tables[0].original_dim if has_dense else 0
-        there = [True] * has_dense + [bool(table.kept) for table in tables]
+        there = [True] * has_dense + [bool(own.kept) or name in plan.rotations for name, own in plan.tables.items()]
         pairs = enumerate(combinations(there, 2))
         return {"top.0.weight": (1, [*range(width), *(width + n for n, (a, b) in pairs if a and b)])}

@@ -22,7 +22,7 @@ class FieldEmbeddings(nn.Module):
     transform matrices (Eq. 13).
 
     Args:
-        dims: field -> d_i, in the order the models concatenate them. A table that is stored wider than d_i (see
+        dims: field -> d_i, in the order the models concatenate them, a mass included. A table that is stored wider (see
             `DimensionPlan`, multiple=1) is cut to its first d_i columns.
         aligned_dim: A for slim fields; None for uniform ones.
         tables: field -> table, by whose name its transform matrix goes; the same if not given.

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from torch import nn
 
 from sseds_rec.distributed.tables import KERNEL_MULTIPLE
+from sseds_rec.errors import UserError
 
 if TYPE_CHECKING:
     from sseds_rec.models.fields import FieldEmbeddings
@@ -27,11 +28,13 @@ class OverArch(nn.Module):
             matrices in its slim form.
         over_raw: parameter -> its axes that run over [dense inputs, raw concatenation]. Of these, slimming keeps the positions
             of the kept columns. A `*` in a name stands for any part of it ("cross.*.bias").
+        rotates: whether its tables may be cut in another basis: all that reads the raw concatenation is linear in it.
     """
 
     fields: FieldEmbeddings
     aligns: ClassVar[bool] = False
     over_raw: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    rotates: ClassVar[bool] = True
 
     def kept_inputs(self, plan: DimensionPlan) -> Mapping[str, tuple[int, list[int]]]:
         """For parameters over inputs of the model's own making: which of the full model's inputs its slim form has.
@@ -96,3 +99,17 @@ def register(name: str) -> Callable[[type[OverArch]], type[OverArch]]:
         return model
 
     return add
+
+
+def check_rotates(config: ModelConfig) -> None:
+    """Refuses to cut the tables of a model in another basis if its slim form could not undo that.
+
+    Raises:
+        UserError: names the model.
+    """
+    if not MODELS[config.name].rotates:
+        others = ", ".join(sorted(name for name, model in MODELS.items() if model.rotates))
+        raise UserError(
+            f"model.name={config.name} multiplies raw columns one by one, which no rotated table can stand for; "
+            f"search without rotation, or choose one of {others}"
+        )

@@ -14,6 +14,7 @@ from sseds_rec.errors import UserError
 from sseds_rec.models.ctr import CtrModel
 from sseds_rec.models.registry import OverArch
 from sseds_rec.search.plan import DimensionPlan
+from sseds_rec.slim.alignment import with_mean
 
 _TABLES = ("embeddings.", "managed.")
 _TRANSFORMS = ".alignment.transforms."
@@ -23,8 +24,9 @@ def load_ticket(checkpoint: Path, model: DistributedModelParallel, plan: Dimensi
     """Starts a sharded slim model from a slim checkpoint, whose dense weights are still those of the full model.
 
     Tables are taken as they are. Dense weights keep what runs over the kept columns (`OverArch.over_raw`) and other inputs that
-    are still there (`OverArch.kept_inputs`), so that with `select` transforms the model equals the masked full one. Transforms
-    keep their own start, as do weights over aligned embeddings when these have another width than the full model's.
+    are still there (`OverArch.kept_inputs`), so that with `select` transforms the model equals the full one with masked or, where
+    tables are rotated, projected embeddings. Transforms keep their own start, as do weights over aligned embeddings when these
+    have another width than the full model's.
 
     Args:
         checkpoint: from `slim_checkpoint`.
@@ -62,18 +64,24 @@ def _kept(weight: Tensor, name: str, over: OverArch, plan: DimensionPlan) -> Ten
     for pattern, axes in over.over_raw.items():
         if fnmatchcase(name, pattern):
             for axis in axes:
-                weight = weight.index_select(axis, _kept_columns(weight.shape[axis], plan))
+                weight = _over_kept_columns(weight.movedim(axis, -1), plan).movedim(-1, axis)
     if name in (others := over.kept_inputs(plan)):
         axis, positions = others[name]
         weight = weight.index_select(axis, torch.tensor(positions))
     return weight
 
 
-def _kept_columns(inputs: int, plan: DimensionPlan) -> Tensor:
-    """Positions of the kept columns in [dense inputs, concatenation of all original fields]."""
-    offset = inputs - sum(table.original_dim for table in plan.tables.values())
-    kept = list(range(offset))
-    for table in plan.tables.values():
-        kept += [offset + column for column in table.kept]
-        offset += table.original_dim
-    return torch.tensor(kept)
+def _over_kept_columns(weight: Tensor, plan: DimensionPlan) -> Tensor:
+    """W [..., dense inputs, concatenation of all original fields] -> the same over what is kept of them.
+
+    A rotated field e = [M μ] [t; mass] leaves W [M μ], over its coordinates and its mass.
+    """
+    dims = [table.original_dim for table in plan.tables.values()]
+    dense, *fields = weight.split([weight.shape[-1] - sum(dims), *dims], dim=-1)
+    parts = [dense]
+    for (name, table), field in zip(plan.tables.items(), fields, strict=True):
+        if name in plan.rotations:
+            parts.append((field.double() @ with_mean(plan.rotations[name]).double()).to(weight.dtype))
+        else:
+            parts.append(field[..., table.kept])
+    return torch.cat(parts, dim=-1)

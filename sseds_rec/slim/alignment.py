@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
+from sseds_rec.search.rotation import Rotation
+
 Init = Literal["random", "select"]
 
 
@@ -22,10 +24,16 @@ def columns_of(embeddings: KeyedTensor, dims: Mapping[str, int]) -> dict[str, Te
     return {key: columns[key] if columns[key].shape[1] == d else columns[key][:, :d] for key, d in dims.items()}
 
 
+def with_mean(rotation: Rotation) -> Tensor:
+    """[M μ], of D rows: e = M t + mass·μ is its product with coordinates t and, as one more column of theirs, the mass."""
+    return torch.cat([rotation.inverse, rotation.mean[:, None]], dim=1)
+
+
 class Alignment(nn.Module):
     """ē_i = M_i e_i with M_i ∈ R^{A x d_i} and no bias, for F features of any widths.
 
-    A table that serves several features has one M_i.
+    A table that serves several features has one M_i. The embeddings of a rotated table have their mass as last column
+    (`MassColumns`), and M_i has its bias there.
 
     Args:
         dims: feature -> d_i, in the order of the input's columns.
@@ -50,15 +58,27 @@ class Alignment(nn.Module):
             nn.init.orthogonal_(transform)
 
     @torch.no_grad()
-    def select(self, kept: Mapping[str, Sequence[int]]) -> None:
-        """Sets M_i to the rows of the identity that put kept column j back to where it was: ē_i is e_i, masked.
+    def start(self, init: Init, kept: Mapping[str, Sequence[int]], rotations: Mapping[str, Rotation]) -> None:
+        """Sets every M_i as a slim model begins.
 
         Args:
-            kept: table -> column indices in the original table, whose width is `aligned_dim`.
+            init: "select" puts kept column j back to where it was, by rows of the identity, so that ē_i is e_i, masked; and
+                turns coordinates back, so that ē_i is e_i, projected. The original width is then `aligned_dim`. "random" is
+                the paper's start, but for the mean of rotated tables, which stays where ē_i has the original width, and
+                is zero in any other.
+            kept: table -> column indices in the original table.
+            rotations: table -> rotation, of those that are rotated.
         """
         for table, transform in self.transforms.items():
-            transform.zero_()
-            transform[list(kept[table]), torch.arange(transform.shape[1])] = 1.0
+            rotation = rotations.get(table)
+            if init == "select" and rotation is not None:
+                transform.copy_(with_mean(rotation))
+            elif init == "select":
+                transform.zero_()
+                transform[list(kept[table]), torch.arange(transform.shape[1])] = 1.0
+            elif rotation is not None:
+                nn.init.orthogonal_(transform[:, :-1])
+                transform[:, -1] = rotation.mean if len(rotation.mean) == self.aligned_dim else 0.0
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Concatenated embeddings [B, Σd_i] -> aligned [B, F, A]."""

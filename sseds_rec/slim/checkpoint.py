@@ -1,8 +1,8 @@
 """A checkpoint of the full model -> one of the slim model, column by column, on disk (DCP to DCP).
 
-Tables, and their optimizer state of the same shape, lose the columns that the plan drops; everything else is copied. No
-process group is needed, and memory holds one stored chunk and its slim copy at a time: with table-wise sharding a chunk
-is a whole table.
+Tables, and their optimizer state of the same shape, lose the columns that the plan drops, and are rotated before if the plan
+has a rotation for them; everything else is copied. No process group is needed, and memory holds one stored chunk and its slim
+copy at a time: with table-wise sharding a chunk is a whole table. (The slim copy of a rotated one is in float64.)
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from torch.distributed.checkpoint.planner import (
 from sseds_rec.distributed.checkpoint import read_checkpoint_metadata
 from sseds_rec.errors import UserError
 from sseds_rec.search.plan import DimensionPlan, TablePlan
+from sseds_rec.search.rotation import Rotation
+from sseds_rec.slim.columns import keep_columns, rotate_columns
 
 
 def slim_checkpoint(src: str | Path, dst: str | Path, plan: DimensionPlan) -> Path:
@@ -47,6 +49,10 @@ def slim_checkpoint(src: str | Path, dst: str | Path, plan: DimensionPlan) -> Pa
     Entries `<path>.embedding_bags.<table>.weight`, and any state below that name, of shape [rows, original_dim] are
     gathered to [rows, stored_dim] (padding is zero); those of dropped tables are left out; all other entries are copied.
     `dst` appears complete or not at all.
+
+    Rows v of a rotated table become Tᵀ(v - μ). Since gradients in the coordinates are Mᵀg, their running means are multiplied
+    by Mᵀ too, which is exact, and their running squares by (M∘M)ᵀ, what E[(Mᵀg)²] is if the entries of g are independent.
+    Row-wise state stays what it is.
 
     Args:
         src: checkpoint folder of the full model; only read.
@@ -57,7 +63,8 @@ def slim_checkpoint(src: str | Path, dst: str | Path, plan: DimensionPlan) -> Pa
         `dst`.
 
     Raises:
-        UserError: `src` is no checkpoint, `dst` exists, or the plan is of another model (names the table).
+        UserError: `src` is no checkpoint, `dst` exists, the plan is of another model (names the table), or a rotated table has
+            optimizer state of which it is not known how it turns (names it).
     """
     src, dst = Path(src), Path(dst)
     if dst.exists():
@@ -120,6 +127,11 @@ class _Conversion:
             for name, table in entries.items()
             if _shape(metadata, name) == (plan.tables[table].rows, plan.tables[table].original_dim)
         }
+        self.rotated = {
+            name: _matrix_and_mean(src, name, metadata, plan.rotations[entries[name]])
+            for name, table in self.gathered.items()
+            if table.kept and entries[name] in plan.rotations
+        }
         dropped = {name for name, table in entries.items() if not plan.tables[table].kept}
         self.names = [name for name in metadata.state_dict_metadata if name not in dropped]
 
@@ -144,14 +156,15 @@ class _Conversion:
             return self._read(name, next(chunk for chunk in stored.chunks if chunk.offsets == offsets))
         table: TablePlan = self.gathered[name]
         sources = [chunk for chunk in stored.chunks if chunk.offsets[0] == offsets[0]]
-        target = torch.zeros(sources[0].sizes[0], table.stored_dim, dtype=stored.properties.dtype)
+        dtype = torch.float64 if name in self.rotated else stored.properties.dtype
+        target = torch.zeros(sources[0].sizes[0], table.stored_dim, dtype=dtype)
         for chunk in sources:
             first, last = chunk.offsets[1], chunk.offsets[1] + chunk.sizes[1]
-            pairs = [(position, column - first) for position, column in enumerate(table.kept) if first <= column < last]
-            if pairs:
-                positions, columns = (list(side) for side in zip(*pairs, strict=True))
-                target[:, positions] = self._read(name, chunk)[:, columns]
-        return target
+            if name in self.rotated:
+                rotate_columns(self._read(name, chunk), *self.rotated[name], target, first)
+            elif any(first <= column < last for column in table.kept):
+                keep_columns(self._read(name, chunk), table.kept, target, first)
+        return target.to(stored.properties.dtype)
 
     def raw(self, name: str) -> io.BytesIO:
         """An entry that is no tensor, as stored."""
@@ -181,6 +194,28 @@ class _Conversion:
             ) from error
         assert planner.tensor is not None
         return planner.tensor
+
+
+#: What an optimizer keeps of each weight: running means of gradients, and sums or running means of their squares.
+_MEANS = {"exp_avg", "momentum_buffer"}
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg"}
+
+
+def _matrix_and_mean(src: Path, name: str, metadata: Metadata, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """(A, b) such that an entry X [rows, D] of a rotated table becomes (X - b) A."""
+    zeros = torch.zeros_like(rotation.mean)
+    path, _, state = name.rpartition(".")
+    if state == "momentum1":  # FBGEMM's first state, of any optimizer
+        state = "exp_avg" if f"{path}.exp_avg_sq" in metadata.state_dict_metadata else "sum"
+    if state == "weight":
+        return rotation.forward, rotation.mean
+    if state in _MEANS:
+        return rotation.inverse, zeros
+    if state in _SQUARES:
+        return rotation.inverse.double().square(), zeros
+    raise UserError(
+        f"{src}: {name}: the plan rotates its table, and how {state} turns is not known; save the checkpoint without it"
+    )
 
 
 def _shape(metadata: Metadata, name: str) -> tuple[int, ...] | None:

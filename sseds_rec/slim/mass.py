@@ -1,0 +1,59 @@
+"""The mass of every bag: what the mean of a rotated table is multiplied by."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from sseds_rec.slim.alignment import columns_of
+
+
+class MassColumns(nn.Module):
+    """Pooled embeddings -> the same, with the mass of its bag beside each embedding of a rotated table.
+
+    So e = M t + mass·μ is the product of [M μ] and what is returned, a bag that is empty or weighted is as exact as any other,
+    and a rotated table that is dropped still counts with its mean.
+
+    It is a module of its own since TorchRec's pipelines trace everything else around sharded tables.
+
+    Args:
+        dims: key -> d_i, the columns its embeddings have (of those stored, the first); 0 if the table is dropped.
+        features: key -> feature of the ids, for the keys of rotated tables.
+        averaged: keys of tables that pool by the mean.
+        is_weighted: whether ids are pooled with weights.
+    """
+
+    def __init__(
+        self, dims: Mapping[str, int], features: Mapping[str, str], averaged: Collection[str], is_weighted: bool
+    ) -> None:
+        super().__init__()
+        self.kept = {key: d for key, d in dims.items() if d}
+        self.features = dict(features)
+        self.averaged = set(averaged)
+        self.is_weighted = is_weighted
+        #: key -> columns of what is returned, in the order of `dims`.
+        self.dims = {key: d + (key in features) for key, d in dims.items() if d or key in features}
+
+    def forward(self, embeddings: KeyedTensor, ids: KeyedJaggedTensor) -> KeyedTensor:
+        """Embeddings of at least the kept tables and ids of at least the rotated ones -> [B, Σ dims]."""
+        columns = columns_of(embeddings, self.kept)
+        masses = self._masses(ids) if self.features else {}
+        parts = [part for key in self.dims for part in (columns.get(key), masses.get(key)) if part is not None]
+        return KeyedTensor(list(self.dims), list(self.dims.values()), torch.cat(parts, dim=1))
+
+    def _masses(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """Key -> what 1 in every row of its table would be pooled to [B, 1]: Σ weights, or the length, or the mean of them."""
+        names, lengths = ids.keys(), ids.lengths()
+        # Not its "safe" form, which waits for the device to check the lengths.
+        reduce = partial(torch.segment_reduce, reduce="sum", lengths=lengths, unsafe=True)
+        sums = reduce(ids.weights()) if self.is_weighted else lengths.float()
+        own_sums, own_lengths = sums.view(len(names), -1, 1), lengths.view(len(names), -1, 1)
+        masses = {}
+        for key, feature in self.features.items():
+            i = names.index(feature)
+            masses[key] = own_sums[i] / own_lengths[i].clamp(min=1) if key in self.averaged else own_sums[i]
+        return masses
