@@ -20,7 +20,8 @@ _fbgemm.check_builds()
 
 if TYPE_CHECKING:
     from sseds_rec.errors import UserError
-    from sseds_rec.search.allocate import Budget, allocate
+    from sseds_rec.search.allocate import allocate
+    from sseds_rec.search.budget import Budget
     from sseds_rec.search.plan import DimensionPlan
     from sseds_rec.search.saliency import score_dimensions
     from sseds_rec.slim.checkpoint import slim_checkpoint
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Budget", "DimensionPlan", "UserError", "allocate", "score_dimensions", "slim", "slim_checkpoint"]
 
 _HOMES = {
-    "Budget": "search.allocate",
+    "Budget": "search.budget",
     "DimensionPlan": "search.plan",
     "UserError": "errors",
     "allocate": "search.allocate",

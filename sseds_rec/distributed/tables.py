@@ -9,16 +9,67 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.embedding_tower_sharding import ShardedEmbeddingTower, ShardedEmbeddingTowerCollection
+from torchrec.distributed.embedding_types import ShardedEmbeddingModule
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBag, ShardedEmbeddingBagCollection
+from torchrec.distributed.fp_embeddingbag import ShardedFeatureProcessedEmbeddingBagCollection
+from torchrec.distributed.itep_embeddingbag import ShardedITEPEmbeddingBagCollection, ShardedITEPEmbeddingCollection
+from torchrec.distributed.mc_embedding_modules import BaseShardedManagedCollisionEmbeddingCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.quant_state import ShardedQuantEmbeddingModuleState
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollection,
+    EmbeddingCollectionInterface,
+)
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection, FusedEmbeddingCollection
+from torchrec.modules.itep_embedding_modules import ITEPEmbeddingBagCollection, ITEPEmbeddingCollection
+from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
+from torchrec.modules.pec_embedding_modules import PECEmbeddingCollection
+from torchrec.quant import embedding_modules as quantized
 
-from sseds_rec.distributed.managed import is_managed
 from sseds_rec.errors import UserError
 
 #: FBGEMM's table-batched kernels take widths that are multiples of this only, on CPU too.
 KERNEL_MULTIPLE = 4
+
+SEARCHABLE = (
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+    FeatureProcessedEmbeddingBagCollection,
+    BaseManagedCollisionEmbeddingCollection,
+    ShardedEmbeddingBagCollection,
+    ShardedEmbeddingCollection,
+    ShardedFeatureProcessedEmbeddingBagCollection,
+    BaseShardedManagedCollisionEmbeddingCollection,
+)
+
+#: What TorchRec has besides, and what to do instead of searching it. The first that fits counts.
+_REFUSED: dict[tuple[type, ...], str] = {
+    (ShardedQuantEmbeddingModuleState, quantized.EmbeddingBagCollection, quantized.EmbeddingCollection): (
+        "it is quantized, for inference; search the model it was made from"
+    ),
+    (
+        ITEPEmbeddingBagCollection,
+        ITEPEmbeddingCollection,
+        ShardedITEPEmbeddingBagCollection,
+        ShardedITEPEmbeddingCollection,
+    ): "it prunes rows by the forward passes it counts; search the model without it",
+    (ShardedEmbeddingTower, ShardedEmbeddingTowerCollection): (
+        "its embeddings never leave the tower's ranks; search the model before sharding"
+    ),
+    (FusedEmbeddingBagCollection, FusedEmbeddingCollection): (
+        "unsharded, its kernels count steps that cannot be undone; shard it, or use a plain collection"
+    ),
+    (PECEmbeddingCollection,): "it compares consecutive batches; search the model with its EmbeddingCollection alone",
+    (ShardedEmbeddingBag,): "only the tables of collections are; use an EmbeddingBagCollection",
+    (EmbeddingBagCollectionInterface, EmbeddingCollectionInterface, ShardedEmbeddingModule): (
+        "only EmbeddingBagCollection, EmbeddingCollection and TorchRec's modules around them can be"
+    ),
+}
 
 
 def stored_dim(embedding_dim: int) -> int:
@@ -27,54 +78,82 @@ def stored_dim(embedding_dim: int) -> int:
 
 
 def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path without wrappers -> every (sharded) EmbeddingBagCollection of a model, managed collision ones as a whole.
+    """Path without wrappers -> every embedding collection of a model that can be searched, plain or sharded.
+
+    These are `EmbeddingBagCollection` and `EmbeddingCollection`. One that belongs to a module which processes or remaps its
+    ids first (`FeatureProcessedEmbeddingBagCollection`, managed collision) is not named beside that module.
 
     Raises:
         UserError: the model has none, or has an embedding module that cannot be searched (named).
     """
     found: dict[str, nn.Module] = {}
+    at: dict[str, nn.Module] = {}
     plain_paths: dict[str, str] = {}
+    covered: set[str] = set()  # paths of what is found, and of everything inside
     for path, module in model.named_modules():
         parent, _, attribute = path.rpartition(".")
-        wrapped = isinstance(model.get_submodule(parent), (DistributedModelParallel, DistributedDataParallel)) and path
         above = plain_paths.get(parent, "")
+        wrapped = path and isinstance(at.get(parent), (DistributedModelParallel, DistributedDataParallel))
         plain = above if wrapped or not path else f"{above}.{attribute}".removeprefix(".")
-        plain_paths[path] = plain
-        if is_managed(module):
+        at[path], plain_paths[path] = module, plain
+        if path and parent in covered:
+            covered.add(path)
+        elif isinstance(module, SEARCHABLE):
+            covered.add(path)
             found[plain] = module
-        elif isinstance(module, (EmbeddingBagCollection, ShardedEmbeddingBagCollection)):
-            if not is_managed(model.get_submodule(parent)):
-                found[plain] = module
-        elif isinstance(module, (EmbeddingCollection, ShardedEmbeddingCollection)):
-            raise UserError(
-                f"{plain or type(module).__name__}: {type(module).__name__} (sequence embeddings) cannot be searched; "
-                "only EmbeddingBagCollection can"
-            )
+        else:
+            _check_searchable(plain, module)
     if not found:
         raise UserError(f"{type(model).__name__} holds no EmbeddingBagCollection: there is nothing to search")
     return found
 
 
+def _check_searchable(path: str, module: nn.Module) -> None:
+    for kinds, what_to_do in _REFUSED.items():
+        if isinstance(module, kinds):
+            name = type(module).__name__
+            raise UserError(f"{path or 'the model'}: {name} cannot be searched: {what_to_do}")
+
+
 def table_configs(module: nn.Module) -> list[EmbeddingBagConfig]:
-    """The tables of a plain or sharded EmbeddingBagCollection, in a managed collision one or not."""
-    if is_managed(module):
-        return table_configs(module._embedding_module)  # type: ignore[arg-type]
-    if isinstance(module, EmbeddingBagCollection):
-        return module.embedding_bag_configs()
-    return module._embedding_bag_configs  # type: ignore[return-value]
+    """The tables of one of `embedding_modules`; an EmbeddingCollection's are `EmbeddingConfig`s, which have no pooling."""
+    inner = getattr(module, "_embedding_module", None) or getattr(module, "_embedding_bag_collection", None)
+    if inner is not None:
+        return table_configs(inner)
+    configs = module._embedding_configs if is_sequence(module) else module._embedding_bag_configs
+    return configs  # type: ignore[return-value]
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether this returns an embedding per id (EmbeddingCollection) and not one per bag of ids."""
+    inner = getattr(module, "_embedding_module", module)
+    return isinstance(inner, (EmbeddingCollection, ShardedEmbeddingCollection))
+
+
+def lookup_modules(model: nn.Module) -> list[nn.Module]:
+    """What holds the shards of embedding modules, and everything inside it: it is in no module's children."""
+    lookups = [lookup for module in model.modules() for lookup in getattr(module, "_lookups", [])]
+    found = [inner for lookup in lookups for inner in lookup.modules()]
+    return list(dict.fromkeys(found))  # a module around a collection lists its lookups as well
+
+
+def training_kernels(model: nn.Module) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+    """FBGEMM's kernels with fused optimizers."""
+    return [inner for inner in lookup_modules(model) if isinstance(inner, SplitTableBatchedEmbeddingBagsCodegen)]
 
 
 @contextmanager
 def kernels_uncounted(model: nn.Module) -> Iterator[None]:
     """Undoes what forward passes in the block do to the fused optimizers: FBGEMM counts Adam's steps in *forward*."""
-    lookups = [lookup for module in model.modules() for lookup in getattr(module, "_lookups", [])]
-    kernels = [
-        m for lookup in lookups for m in lookup.modules() if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)
-    ]
-    counters = [(kernel.step, kernel.iter.clone(), kernel.iter_cpu.clone()) for kernel in kernels]
+    kernels = training_kernels(model)
+    # max_counter is of row-wise Adagrad that counts how often it saw each row.
+    buffers = [value for kernel in kernels for name, value in kernel.named_buffers() if name in ("iter", "max_counter")]
+    before = [value.clone() for value in buffers]
+    steps = [(kernel.step, kernel.iter_cpu.clone()) for kernel in kernels]
     try:
         yield
     finally:
-        for kernel, (step, iteration, iteration_cpu) in zip(kernels, counters, strict=True):
-            kernel.step, kernel.iter_cpu = step, iteration_cpu
-            kernel.iter.copy_(iteration)
+        for kernel, (step, iteration) in zip(kernels, steps, strict=True):
+            kernel.step, kernel.iter_cpu = step, iteration
+        for value, old in zip(buffers, before, strict=True):
+            value.copy_(old)

@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from sseds_rec.distributed.tables import embedding_modules
 from sseds_rec.errors import UserError
-from sseds_rec.search.criteria import CRITERIA, Criterion
+from sseds_rec.search.allocate import allocate
+from sseds_rec.search.budget import Budget
+from sseds_rec.search.criteria import Criterion, criterion_named
+from sseds_rec.search.draws import Draws
 from sseds_rec.search.losses import record_losses
+from sseds_rec.search.masks import keep_only
+from sseds_rec.search.moments import Batch, Moments
+from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.scores import DimensionScores
-from sseds_rec.search.tap import Tap, plan_tables, qualified_tables, tapped
+from sseds_rec.search.stability import expected_overlap
+from sseds_rec.search.steps import LossFn, batches_of, device_of, mean_loss
+from sseds_rec.search.tap import Taps, tapped
 
-LossFn = Callable[[nn.Module, Any], Tensor]
+TENTH = Budget(parameters=0.1)
+
+#: num_batches="auto": scoring goes on until two draws of as many batches keep this share of the same columns ...
+STABLE = 0.9
+#: ... which is looked at after so many batches and each doubling, up to the second number.
+AUTO_BATCHES = (8, 1024)
 
 
 def score_dimensions(
     model: nn.Module,
     batches: Iterable[Any],
-    criterion: str = "snip",
-    num_batches: int | None = None,
+    criterion: str | Criterion = "snip",
+    num_batches: int | Literal["auto"] | None = None,
     loss_fn: LossFn | None = None,
+    *,
+    rounds: int = 1,
+    budget: Budget = TENTH,
+    allocation: Callable[[DimensionScores, Budget], DimensionPlan] = allocate,
 ) -> DimensionScores:
     """Scores every column of every embedding table; the model, its optimizers and its gradients stay as they are.
 
-    Works on a plain model and on one wrapped in `DistributedModelParallel`, unmodified. On several ranks every rank calls
-    it with its own batches, the same number of them on each; batch sizes may differ. All ranks get the same scores, those
-    that one rank would get on all the rows; one all-reduce of Σd + 2 float64 is the only communication besides the
-    model's own forward.
+    Works on a plain model and on one wrapped in `DistributedModelParallel`, unmodified, between two steps of a
+    `TrainPipelineSparseDist` too. On several ranks every rank calls it with its own batches, whose sizes may differ; it ends
+    when a rank has no more. All ranks get the same scores, those that one rank would get on all the rows; one all-reduce a
+    batch, of Σd float64 (Σd² of "ggn_rotated"), is the only communication besides the model's own forward.
 
     Example::
 
@@ -43,9 +58,15 @@ def score_dimensions(
         model: what the training step calls. `model(batch)` returns the loss, a mean over the local batch, or a tuple that
             begins with it, as TorchRec's `DLRMTrain` does.
         batches: what the training step is fed.
-        criterion: "snip" (the paper) or "ggn".
-        num_batches: how many batches to use; None for all.
-        loss_fn: `loss_fn(model, batch) -> loss`, where `model(batch)` does not return one.
+        criterion: one of `sseds_rec.search.criteria`: "snip" is the paper's.
+        num_batches: how many batches to use, in each round; None for all; "auto" for as many as it takes until plans
+            from two draws of as many batches would have 90 % of their columns in common, 1,024 at most.
+        loss_fn: `loss_fn(model, batch) -> loss`, where `model(batch)` does not return one, or returns several.
+        rounds: above 1 the model is scored anew as often, each time with the columns set to zero (of "ggn_rotated", to
+            their mean) that a plan from the scores before would drop. Plans go from everything to the budget in equal
+            ratios, and what one dropped may return in the next (de Jorge et al., Progressive Skeletonization, ICLR 2021).
+        budget, allocation: what will be made of the scores, for "auto" and for rounds: `functools.partial(sr.allocate,
+            multiple=8)`, say.
 
     Returns:
         Table name -> float64 scores [D], summing to 1 over all tables (Eq. 11). With several embedding modules the name
@@ -55,81 +76,83 @@ def score_dimensions(
         UserError: unknown criterion, no batch, no searchable embedding module, a loss that is not finite, or a model whose
             logits the criterion needs and cannot find.
     """
-    if criterion not in CRITERIA:
-        raise UserError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
-    measure = CRITERIA[criterion]()
-    modules = embedding_modules(model)
-    names = qualified_tables(modules)
-    tables = plan_tables(modules)
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    sums = {name: torch.zeros(tables[name].dim, dtype=torch.float64, device=device) for name in names.values()}
-    # Beside the sums: the number of rows, and the loss, so that ranks with a bad batch or none fail together.
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    used = 0
+    measure = criterion_named(criterion)
+    if rounds < 1 or (isinstance(num_batches, int) and num_batches < 1):
+        raise UserError(f"num_batches={num_batches}, rounds={rounds}: neither can be below 1")
+    device = device_of(model)
+    stream = iter(batches)
+
+    def plan(drawn: DimensionScores) -> DimensionPlan:
+        return allocation(drawn, budget)
+
     with tapped(model) as taps:
-        for used, batch in enumerate(islice(batches, num_batches), start=1):  # noqa: B007
-            batch = batch.to(device) if hasattr(batch, "to") else batch
-            loss, statistics = _batch_statistics(model, batch, taps, measure, loss_fn)
-            for (path, table), statistic in statistics:
-                sums[names[path, table]] += statistic
-            totals += torch.stack([torch.full_like(loss, _rows(taps)), loss])
-    packed = _sum_over_ranks(torch.cat([*sums.values(), totals]))
-    total, total_loss = packed[-2:].tolist()
-    if total == 0:
-        raise UserError("no batch to score with; give at least one")
-    if not math.isfinite(total_loss):
+        for current in range(1, rounds + 1):
+            moments = Moments(measure.moments, {name: table.dim for name, table in taps.tables.items()}, device)
+            for batch in batches_of(islice(stream, num_batches if isinstance(num_batches, int) else None), device):
+                moments.add(_measure(model, batch, taps, measure, moments, loss_fn))
+                if num_batches == "auto" and _due(moments.batches):
+                    overlap = expected_overlap(_scores(measure, moments, taps, rounds), plan)
+                    if moments.batches >= AUTO_BATCHES[1] or overlap >= STABLE:
+                        break
+            scores = _scores(measure, moments, taps, rounds)
+            if current < rounds:
+                _mask(taps, allocation(scores, budget.at(current / rounds, list(scores.tables.values()))))
+                stream = stream if stream is batches else iter(batches)
+    return scores
+
+
+def _due(batches: int) -> bool:
+    first, _ = AUTO_BATCHES
+    return batches % first == 0 and (batches // first) & (batches // first - 1) == 0
+
+
+def _measure(
+    model: nn.Module, batch: Any, taps: Taps, criterion: Criterion, moments: Moments, loss_fn: LossFn | None
+) -> Batch:
+    """What one batch adds to the moments."""
+    taps.clear()
+    wanted = {moment.of for moment in criterion.moments}
+    with torch.set_grad_enabled(wanted != {"output"}), record_losses() as recorded:
+        loss = mean_loss(model, batch, loss_fn)
+    rows = taps.rows()
+    found = moments.begin_batch()
+    found.count(rows, loss)
+    if "output" in wanted:
+        for table, sample in taps.samples(None):
+            found.see("output", table, sample)
+    leaves = taps.leaves()
+    if "loss" in wanted:
+        # The loss is a mean over this rank's rows: times rows it is a sum, so that ranks and batches weigh by their rows.
+        gradients = torch.autograd.grad(loss * rows, leaves, retain_graph="logit" in wanted, allow_unused=True)
+        for table, sample in taps.samples(gradients):
+            found.see("loss", table, sample)
+    if "logit" in wanted:
+        targets = recorded.targets(rows, loss)
+        for index, target in enumerate(targets, start=1):
+            gradients = torch.autograd.grad(target.logit, leaves, retain_graph=index < len(targets), allow_unused=True)
+            for table, sample in taps.samples(gradients):
+                found.see("logit", table, sample, target.curvature)
+    return found
+
+
+def _scores(criterion: Criterion, moments: Moments, taps: Taps, rounds: int) -> DimensionScores:
+    if not moments.batches:
+        raise UserError("no batch to score with; give at least one" + (" for every round" if rounds > 1 else ""))
+    if not math.isfinite(moments.loss):
         raise UserError(
-            f"the loss of a scoring batch is {total_loss}; the model's weights or the batch hold NaN or infinity"
+            f"the loss of a scoring batch is {moments.loss}; the model's weights or the batch hold NaN or infinity"
         )
-    means = dict(zip(sums, torch.split(packed[:-2] / total, [len(s) for s in sums.values()]), strict=True))
-    search = {"method": "sseds", "criterion": criterion, "batches": used, "samples": int(total)}
-    return DimensionScores({name: measure.score(mean) for name, mean in means.items()}, tables, search)
+    search = {
+        "method": "sseds",
+        "criterion": criterion.name,
+        "batches": moments.batches,
+        "samples": int(moments.rows),
+    } | ({"rounds": rounds} if rounds > 1 else {})
+    draws = Draws(criterion, moments)
+    return DimensionScores(draws.raw(), taps.tables, search, draws)
 
 
-def _batch_statistics(
-    model: nn.Module, batch: Any, taps: list[Tap], criterion: Criterion, loss_fn: LossFn | None
-) -> tuple[Tensor, Iterator[tuple[tuple[str, str], Tensor]]]:
-    """The batch's loss, and ((module path, table), the criterion's statistic [D]) for each differentiated output."""
-    for tap in taps:
-        tap.outputs.clear()
-    with torch.enable_grad(), record_losses() as recorded:
-        result = loss_fn(model, batch) if loss_fn else model(batch)
-    loss = result if isinstance(result, Tensor) else result[0]
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise UserError(
-            "the model must return its mean loss (a scalar), or a tuple that begins with it; give loss_fn otherwise"
-        )
-    rows = _rows(taps)
-    # The loss is a mean over this rank's rows: times rows it is a sum, so that ranks and batches weigh by their rows.
-    of_loss = criterion.of == "loss"
-    targets = [(loss * rows, None)] if of_loss else [(z.sum(), h) for z, h in recorded.logits_and_curvatures(rows)]
-    return loss.detach().double().reshape(()), _statistics(targets, taps, criterion)
-
-
-def _statistics(
-    targets: list[tuple[Tensor, None]] | list[tuple[Tensor, Tensor]], taps: list[Tap], criterion: Criterion
-) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """The criterion's statistics from the gradients of each target in every tapped output."""
-    leaves = [leaf for tap in taps for leaf, _ in tap.outputs]
-    for target, curvature in targets:
-        found = iter(torch.autograd.grad(target, leaves, retain_graph=True, allow_unused=True, materialize_grads=True))
-        for tap in taps:
-            gradients = list(islice(found, len(tap.outputs)))
-            for table, contribution in (tap.contributions(gradients) if gradients else {}).items():
-                yield (tap.path, table), criterion.statistic(contribution, curvature)
-
-
-def _rows(taps: list[Tap]) -> int:
-    """B of the batch just seen."""
-    sizes = {leaf.shape[0] for tap in taps for leaf, _ in tap.outputs}
-    if len(sizes) != 1:
-        raise UserError(
-            f"the embedding modules saw batches of different sizes ({sorted(sizes)}); they cannot be scored together"
-        )
-    return sizes.pop()
-
-
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
+def _mask(taps: Taps, plan: DimensionPlan) -> None:
+    """Shows the model, from now on, only what the plan keeps."""
+    taps.edits.clear()
+    taps.edits |= {name: keep_only(plan, name) for name in plan.tables}
