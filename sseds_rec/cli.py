@@ -17,7 +17,7 @@ from sseds_rec import cli_prepare
 from sseds_rec.data.schema import SplitName
 from sseds_rec.errors import PREEMPTED_EXIT, Preempted, UserError
 from sseds_rec.files import read_json, register_stores
-from sseds_rec.output import console, print_comparison, print_json, print_metrics, silence_libraries
+from sseds_rec.output import console, print_audit, print_comparison, print_json, print_metrics, silence_libraries
 from sseds_rec.stages import STAGES, Stage
 
 if TYPE_CHECKING:
@@ -64,6 +64,27 @@ def search(
 ) -> None:
     """Score the pretrained model's columns and allocate the budget: saliency.npz, plan.json."""
     _run_stage("search", _config(config, overrides, paper), run_dir, rerun, as_json)
+
+
+@app.command()
+def audit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    columns: Annotated[int, typer.Option(min=2, help="How many columns to leave out, one at a time.")] = 64,
+    batches: Annotated[int, typer.Option(min=1, help="Validation batches to do it on.")] = 8,
+    paper: Paper = False,
+    as_json: Json = False,
+) -> None:
+    """Check the scores against exact leave-one-out: mask single columns and evaluate again."""
+    with _pipeline(_config(config, overrides, paper), run_dir, None, "audit", "search") as (pipeline, main):
+        found = pipeline.audit(columns, batches)
+        if main:
+            path = pipeline.run.path("search", "audit.json")
+            print_audit(found, pipeline.config.search.criterion)
+            console.print(f"audit: wrote {path}")
+            figures = {key: value for key, value in found.as_dict().items() if key != "columns"}
+            print_json(as_json, {"verb": "audit", "run_dir": str(pipeline.run.folder), "audit": str(path), **figures})
 
 
 @app.command()

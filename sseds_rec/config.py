@@ -15,8 +15,12 @@ from sseds_rec.distributed.sharding import ShardingConfig
 from sseds_rec.errors import UserError
 from sseds_rec.files import open_file, write_text
 from sseds_rec.models.registry import ModelConfig
-from sseds_rec.search.allocate import Budget, Order
+from sseds_rec.search.allocate import Order, allocate
+from sseds_rec.search.budget import Budget
 from sseds_rec.search.criteria import CRITERIA
+from sseds_rec.search.plan import DimensionPlan
+from sseds_rec.search.rules import TableRule
+from sseds_rec.search.scores import DimensionScores
 from sseds_rec.training.config import TrainConfig
 
 
@@ -28,21 +32,25 @@ class SearchConfig(_Section):
     """The `search` section.
 
     Attributes:
-        criterion: "ggn", or "snip" as the paper.
-        num_batches: batches of `train.batch_size` rows to score with, at most.
-        split: where they come from; held-out rows by default.
+        criterion: one of `sseds_rec.search.criteria`; "snip" is the paper's.
+        num_batches: batches of `train.batch_size` rows to score with, at most; "auto" for as many as the plan needs.
+        rounds: scorings, each with the columns masked that the one before would drop, on the way to the budget.
+        split: where batches come from; held-out rows by default.
         budget: what may stay.
-        multiple, min_dim, exponent, order: see `sseds_rec.allocate`.
+        multiple, min_dim, exponent, order, floor_share, tables: see `sseds_rec.allocate`.
     """
 
     criterion: str = "ggn"
-    num_batches: int = Field(32, ge=1)
+    num_batches: int | Literal["auto"] = 32
+    rounds: int = Field(1, ge=1)
     split: Literal["train", "validation"] = "validation"
     budget: Budget = Budget(parameters=0.1)
     multiple: int = Field(4, ge=1)
     min_dim: int = Field(0, ge=0)
     exponent: float = Field(0.5, ge=0, le=1)
     order: Order = "fill"
+    floor_share: float = Field(0.0, ge=0, le=1)
+    tables: dict[str, TableRule] = {}
 
     @field_validator("criterion")
     @classmethod
@@ -51,10 +59,32 @@ class SearchConfig(_Section):
             raise ValueError(f"no criterion named {value!r}; choose one of {', '.join(CRITERIA)}")
         return value
 
+    @field_validator("num_batches")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("it is a number from 1 on, or auto")
+        return value
+
+    def allocate(self, scores: DimensionScores, budget: Budget) -> DimensionPlan:
+        """`sseds_rec.allocate` with these settings."""
+        options = {"multiple", "min_dim", "exponent", "order", "floor_share"}
+        return allocate(scores, budget, tables=self.tables, **self.model_dump(include=options))
+
 
 #: What `--paper` sets (Algorithm 1): one training batch, the mean gradient's magnitude, ranked as it is, cut at the budget.
-PAPER = {
-    "search": {"criterion": "snip", "num_batches": 1, "split": "train", "min_dim": 0, "exponent": 0.0, "order": "stop"}
+PAPER: dict[str, dict[str, Any]] = {
+    "search": {
+        "criterion": "snip",
+        "num_batches": 1,
+        "rounds": 1,
+        "split": "train",
+        "min_dim": 0,
+        "exponent": 0.0,
+        "order": "stop",
+        "floor_share": 0.0,
+        "tables": {},
+    }
 }
 
 

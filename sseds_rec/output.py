@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from sseds_rec.search.audit import Audit
 
 #: Results.
 console = Console(highlight=False, soft_wrap=True)
@@ -57,6 +60,17 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
         f"{title}: AUC {metrics['auc']:.6f}{gauc}  logloss {metrics['logloss']:.6f}  "
         f"normalized entropy {metrics['normalized_entropy']:.4f}  calibration {metrics['calibration']:.4f}  "
         f"{metrics['samples']:,} rows  {metrics['inference_samples_per_second']:,.0f} samples/s"
+    )
+
+
+def print_audit(audit: Audit, criterion: str) -> None:
+    """What leaving out single columns showed, in a few lines."""
+    regret = "undefined" if audit.regret is None else f"{audit.regret:.1%}"
+    console.print(
+        f"audit: {len(audit.columns)} columns left out one at a time, {audit.samples:,} rows, loss {audit.loss:.6f}\n"
+        f"  rank correlation of {criterion} with the loss that a column's absence adds: {audit.rank_correlation:.3f} "
+        f"(with its magnitude: {audit.rank_correlation_of_magnitude:.3f})\n"
+        f"  regret of the plan within the sample: {regret} of what the best {int(audit.kept.sum())} columns are worth"
     )
 
 

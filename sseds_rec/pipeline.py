@@ -18,14 +18,18 @@ from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import raw_ids_refused, shard
 from sseds_rec.errors import UserError
 from sseds_rec.files import write_json, write_text
-from sseds_rec.models import CtrModel, build_model, build_slim_model, plan_for, raw_fields, rows_of, table_names
+from sseds_rec.models import CtrModel, build_model, build_slim_model, names_in_scores, plan_for, raw_fields, rows_of
+from sseds_rec.models.registry import check_rotates
 from sseds_rec.models.ticket import load_ticket
 from sseds_rec.report.html import write_report
 from sseds_rec.run_directory import RunDirectory, fingerprint
-from sseds_rec.search.allocate import allocate, check_budget
+from sseds_rec.search.allocate import check_budget
+from sseds_rec.search.audit import Audit, audit_dimensions
+from sseds_rec.search.criteria import GgnRotated, criterion_named
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.saliency import score_dimensions
-from sseds_rec.search.scores import Table
+from sseds_rec.search.scores import DimensionScores, Table, save_arrays
+from sseds_rec.search.stability import expected_overlap, standard_errors
 from sseds_rec.slim.checkpoint import slim_checkpoint
 from sseds_rec.stages import Stage
 from sseds_rec.training.checkpoint import load_weights, save_weights
@@ -94,11 +98,19 @@ class Pipeline:
         raw = raw_fields(schema)
         if raw and self.placement == "data_parallel":
             raise raw_ids_refused(f"field {raw[0]}")
-        names = table_names(schema)
-        tables = {
-            names[field.name]: Table(rows_of(field), config.model.embedding_dim) for field in schema.sparse_fields
-        }
-        check_budget(tables, config.search.budget, config.search.multiple, config.search.min_dim)
+        self._check_search()
+
+    def _check_search(self) -> None:
+        search, model = self.config.search, self.config.model
+        if search.criterion == GgnRotated.name:
+            check_rotates(model)
+            if raw := raw_fields(self.schema):
+                raise UserError(
+                    f"search.criterion={search.criterion} cannot rotate the table of raw ids of field {raw[0]}; choose ggn"
+                )
+        names = names_in_scores(self.schema)
+        tables = {names[field.name]: Table(rows_of(field), model.embedding_dim) for field in self.schema.sparse_fields}
+        check_budget(tables, search.budget, search.multiple, search.min_dim, search.tables)
 
     def pretrain(self) -> dict[str, Any]:
         """Trains the full model; leaves `pretrain/checkpoint` (best step) and `pretrain/metrics.json`."""
@@ -111,26 +123,20 @@ class Pipeline:
     def search(self) -> dict[str, Any]:
         """Scores the pretrained columns and allocates the budget; leaves `search/saliency.npz` and `search/plan.json`."""
         self.run.require("search", "pretrain")
-        self._seed()
         search = self.config.search
-        model = self._shard(build_model(self.config.model, self.schema), self.config.train)
-        load_weights(self.run.path("pretrain", "checkpoint"), model)
+        model = self.pretrained()
         begun = time.monotonic()
-        batches = self._loader(search.split, shuffle=True)
-        scores = score_dimensions(model, batches, search.criterion, search.num_batches)
+        scores = self._score(model)
         scores.search |= {"seed": self.config.seed, "split": search.split}
-        plan = allocate(
-            scores,
-            search.budget,
-            multiple=search.multiple,
-            min_dim=search.min_dim,
-            exponent=search.exponent,
-            order=search.order,
-        )
+        plan = search.allocate(scores, search.budget)
         seconds = time.monotonic() - begun
+        errors = standard_errors(scores)
+        overlap = expected_overlap(scores, lambda drawn: search.allocate(drawn, search.budget)) if errors else None
 
         def write() -> None:
             scores.save(self.run.path("search", "saliency.npz"))
+            if errors:
+                save_arrays(self.run.path("search", "saliency_errors.npz"), errors)
             plan.save(self.run.path("search", "plan.json"))
 
         self.runtime.on_main(write)
@@ -139,8 +145,38 @@ class Pipeline:
             "batches": scores.search["batches"],
             "budget": plan.budget,
             "reached": plan.reached,
+            "expected_overlap": overlap,
         }
         return self._finish("search", metrics)
+
+    def _score(self, model: DistributedModelParallel) -> DimensionScores:
+        search = self.config.search
+        return score_dimensions(
+            model,
+            self.loader(search.split, shuffle=True),
+            criterion_named(search.criterion, self.config.seed),
+            search.num_batches,
+            rounds=search.rounds,
+            budget=search.budget,
+            allocation=search.allocate,
+        )
+
+    def audit(self, columns: int, num_batches: int | None) -> Audit:
+        """Compares the search's scores with exact leave-one-out on validation batches; leaves `search/audit.json`."""
+        self.run.require("audit", "search")
+        model = self.pretrained()
+        scores = self._score(model)  # as the search had them, in the basis that it cut
+        audit = audit_dimensions(
+            model,
+            self.loader("validation"),
+            scores,
+            self.config.search.allocate(scores, self.config.search.budget),
+            columns=columns,
+            num_batches=num_batches,
+            seed=self.config.seed,
+        )
+        self.runtime.on_main(lambda: write_json(self.run.path("search", "audit.json"), audit.as_dict()))
+        return audit
 
     def slim(self) -> dict[str, Any]:
         """Gathers the plan's columns; leaves `slim/checkpoint`, `slim/tables.json` and the accuracy before retraining."""
@@ -186,10 +222,10 @@ class Pipeline:
     def evaluate(self, stage: Literal["pretrain", "retrain"], split: SplitName) -> dict[str, Any]:
         """Quality and speed of a trained stage on a split, and the number of its rows."""
         self.run.require("evaluate", stage)
+        if stage == "pretrain":
+            return self._measure(self.pretrained(), split)
         self._seed()
-        model = build_model(self.config.model, self.schema)
-        if stage == "retrain":
-            model = build_slim_model(self.config.model, self.schema, self._plan(), self.config.retrain.transform)
+        model = build_slim_model(self.config.model, self.schema, self._plan(), self.config.retrain.transform)
         sharded = self._shard(model, self.config.train)
         load_weights(self.run.path(stage, "checkpoint"), sharded)
         return self._measure(sharded, split)
@@ -203,7 +239,7 @@ class Pipeline:
         start(sharded)
         self._write_sharding_plan(stage, sharded)
         optimizer = build_optimizer(sharded, train)
-        loaders = Loaders(self._loader("train", shuffle=True, drop_last=True), self._loader("validation"))
+        loaders = Loaders(self.loader("train", shuffle=True, drop_last=True), self.loader("validation"))
         trainer = Trainer(sharded, optimizer, loaders, train, folder, self.runtime, fingerprint(self.config, stage))
         progress = trainer.fit()
         load_weights(trainer.checkpoints.path(progress.best_step), sharded)
@@ -221,6 +257,13 @@ class Pipeline:
         self.runtime.on_main(lambda: shutil.rmtree(trainer.checkpoints.folder, ignore_errors=True))
         return finished
 
+    def pretrained(self) -> DistributedModelParallel:
+        """The full model as `pretrain` left it."""
+        self._seed()
+        model = self._shard(build_model(self.config.model, self.schema), self.config.train)
+        load_weights(self.run.path("pretrain", "checkpoint"), model)
+        return model
+
     def _shard(self, model: CtrModel, train: TrainConfig) -> DistributedModelParallel:
         prepare_dense(model, train, self.runtime.device)
         fuse_table_optimizer(model, train.table_optimizer, train.table_rate, self.placement)
@@ -233,7 +276,8 @@ class Pipeline:
         """Makes a stage independent of what ran before it in this process."""
         torch.manual_seed(self.config.seed)
 
-    def _loader(self, split: SplitName, shuffle: bool = False, drop_last: bool = False) -> Loader:
+    def loader(self, split: SplitName, shuffle: bool = False, drop_last: bool = False) -> Loader:
+        """This rank's batches of a split."""
         return Loader(
             self.dataset,
             split,
@@ -256,7 +300,7 @@ class Pipeline:
 
     def _measure(self, model: DistributedModelParallel, split: SplitName) -> dict[str, Any]:
         group_field = self.config.evaluation.group_field
-        metrics = evaluate(model, self._loader(split), self.runtime, group_field).as_dict()
+        metrics = evaluate(model, self.loader(split), self.runtime, group_field).as_dict()
         speed = {"inference_samples_per_second": metrics.pop("samples_per_second")}
         return {**metrics, **speed, **({"group_field": group_field} if group_field else {})}
 

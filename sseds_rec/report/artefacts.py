@@ -31,6 +31,7 @@ class Table:
         kept: indices of the columns that the plan keeps, in [0, D).
         stored_dim: dim in memory, `len(kept)` or more where the kernels need padding.
         saliency: scores of its columns, float64 [D]; all tables together sum to 1 (Eq. 11).
+        errors: their standard errors, float64 [D], where there was more than one batch to know them from.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Table:
     kept: tuple[int, ...]
     stored_dim: int
     saliency: np.ndarray
+    errors: np.ndarray | None = None
 
     @property
     def label(self) -> str:
@@ -87,7 +89,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Run:
-    """The artefacts of one finished run; `curves` has the keys `pretrain` and `retrain`."""
+    """The artefacts of one finished run; `curves` has the keys `pretrain` and `retrain`; `audit` is None if there was none."""
 
     directory: Path
     config: dict[str, Any]
@@ -96,6 +98,7 @@ class Run:
     metrics: dict[str, Any]
     plan: dict[str, Any]
     tables: list[Table]
+    audit: dict[str, Any] | None
     curves: dict[str, Curves]
 
 
@@ -119,6 +122,7 @@ def read_run(run_dir: Path) -> Run:
         metrics=metrics,
         plan=plan,
         tables=_tables(run_dir / "search", plan),
+        audit=_read(audit, _json_object) if (audit := run_dir / "search" / "audit.json").exists() else None,
         curves={stage: _curves(run_dir / stage / "history.jsonl") for stage in ("pretrain", "retrain")},
     )
 
@@ -153,6 +157,7 @@ def _tables(search: Path, plan: dict[str, Any]) -> list[Table]:
         raise UserError(f"{path}: version {plan.get('version')!r}, this release reads version {PLAN_VERSION}")
     where = "the plan"
     saliency = _read(search / "saliency.npz", _arrays)
+    errors = _read(errors_path, _arrays) if (errors_path := search / "saliency_errors.npz").exists() else {}
     tables = []
     try:
         plan["reached"]["parameters"]["fraction"], plan["reached"]["dims"]["fraction"]  # the page's first numbers
@@ -166,7 +171,9 @@ def _tables(search: Path, plan: dict[str, Any]) -> list[Table]:
                 raise UserError(f"{search / 'saliency.npz'}: {where} has scores {found}, {path} expects [{dim}]")
             if not all(0 <= column < dim for column in kept):
                 raise UserError(f"{path}: {where} keeps a column outside 0..{dim - 1}")
-            tables.append(Table(name, entry["rows"], dim, kept, entry["stored_dim"], scores))
+            if (own := errors.get(name)) is not None and own.shape != (dim,):
+                raise UserError(f"{errors_path}: {where} has errors {list(own.shape)}, {path} expects [{dim}]")
+            tables.append(Table(name, entry["rows"], dim, kept, entry["stored_dim"], scores, own))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {where} is not as it should be: {error!r}") from error
     if not tables:

@@ -53,6 +53,9 @@ def quality_block(run: Run) -> FigureBlock:
 def search_blocks(run: Run) -> list[FigureBlock]:
     scores = np.concatenate([table.saliency for table in run.tables])
     kept = np.concatenate([np.isin(np.arange(table.original_dim), table.kept) for table in run.tables])
+    known = [table.errors for table in run.tables if table.errors is not None]
+    errors = np.concatenate(known) if len(known) == len(run.tables) else None
+    interval = " A line spans the 95 % interval over other draws of the batches." if errors is not None else ""
     top = np.sort(scores)[::-1][: max(1, len(scores) // 100)].sum()
     zeros = int((scores <= 0).sum())
     thinned = " Of the lower ranks, only some are drawn." if len(scores) > figures.MAX_POINTS else ""
@@ -65,9 +68,9 @@ def search_blocks(run: Run) -> list[FigureBlock]:
         FigureBlock(
             id="saliency-rank",
             title="Saliency of every dim, ranked",
-            svg=figures.saliency_rank(scores, kept),
+            svg=figures.saliency_rank(scores, kept, errors),
             caption="Each point is one dim of one field; a steep fall means that few dims carry the loss. Kept and "
-            f"dropped points mix where the plan also weighs the number of rows.{thinned}{unseen}",
+            f"dropped points mix where the plan also weighs the number of rows.{interval}{thinned}{unseen}",
             alt=f"Log-log rank plot of {len(scores):,} saliency scores; the first percent holds {percent(top)} of the "
             f"sum; {kept.sum():,} dims are kept.",
         ),

@@ -40,10 +40,10 @@ def _compact(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _sorted_positive(scores: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _positive_order(scores: np.ndarray) -> np.ndarray:
+    """Indices of the scores above 0, the largest first."""
     order = np.argsort(-scores, kind="stable")
-    order = order[scores[order] > 0]
-    return scores[order], kept[order]
+    return order[scores[order] > 0]
 
 
 def _empty(figure: Figure, axes: Axes) -> Figure:
@@ -53,22 +53,31 @@ def _empty(figure: Figure, axes: Axes) -> Figure:
 
 
 @as_svg
-def saliency_rank(scores: np.ndarray, kept: np.ndarray, max_points: int = MAX_POINTS) -> Figure:
+def saliency_rank(
+    scores: np.ndarray, kept: np.ndarray, errors: np.ndarray | None = None, max_points: int = MAX_POINTS
+) -> Figure:
     """Scores of all dims from the largest to the smallest, log-log (Figures 7 and 8 of the paper, left).
 
     Args:
         scores: saliency of every column of every table, float [N]; zeros cannot be drawn and are left out.
         kept: whether the plan keeps the column, bool [N].
+        errors: standard errors, float [N]: a line behind each point spans 1.96 of them to either side.
         max_points: above this many dims, ranks are thinned evenly on the log axis.
     """
-    scores, kept = _sorted_positive(scores, kept)
+    order = _positive_order(scores)
     figure, axes = _figure(2.9)
     axes.set(xlabel="rank of the dim (log scale)", ylabel="saliency, all sum to 1 (log scale)")
-    if not len(scores):
+    if not len(order):
         return _empty(figure, axes)
+    scores, kept = scores[order], kept[order]
     ranks = np.arange(1, len(scores) + 1)
     if len(ranks) > max_points:
         ranks = np.unique(np.geomspace(1, len(scores), max_points).round().astype(int))
+    if errors is not None:
+        reach = 1.96 * errors[order][ranks - 1]
+        shown = scores[ranks - 1]
+        low = np.maximum(shown - reach, scores[-1] / 2)  # of an interval that holds 0, what the axis can show
+        axes.vlines(ranks, low, shown + reach, color=COLORS["track"], linewidth=1.0, label="95% interval")
     for side, color, marker, word in ((~kept, "dropped", "x", "dropped"), (kept, "slim", "o", "kept")):
         shown = ranks[side[ranks - 1]]
         label = f"{word} ({side.sum():,})"
@@ -84,7 +93,8 @@ def saliency_rank(scores: np.ndarray, kept: np.ndarray, max_points: int = MAX_PO
 @as_svg
 def saliency_histogram(scores: np.ndarray, kept: np.ndarray, bins: int = 40) -> Figure:
     """How many dims have which saliency, kept and dropped stacked, log score axis; arguments as `saliency_rank`."""
-    scores, kept = _sorted_positive(scores, kept)
+    order = _positive_order(scores)
+    scores, kept = scores[order], kept[order]
     figure, axes = _figure(2.9)
     axes.set(xlabel="saliency, all sum to 1 (log scale)", ylabel="number of dims")
     if not len(scores):

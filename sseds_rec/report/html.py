@@ -12,6 +12,9 @@ from sseds_rec.report.artefacts import BYTES_PER_PARAMETER, MIB, Run, read_run
 from sseds_rec.report.blocks import quality_block, search_blocks, training_blocks
 from sseds_rec.report.numbers import count, number, percent, text
 
+#: Share of kept dims that another draw of the batches must keep, for a plan to be called stable.
+STABLE = 0.9
+
 _WORDS = {0.5: "Half", 0.25: "A quarter", 0.2: "A fifth", 0.1: "A tenth", 0.05: "A twentieth", 0.01: "A hundredth"}
 
 
@@ -88,6 +91,22 @@ def _summary(run: Run) -> list[str]:
         sentences.append(
             f"The search{f' ({criterion})' if criterion else ''} took {text(seconds, ',.2f')} s "
             f"on {count(search.get('batches'))} batches."
+        )
+    if not math.isnan(overlap := number(search.get("expected_overlap"))):
+        advice = (
+            "" if overlap >= STABLE else "; more batches are needed for a plan that holds (search.num_batches=auto)"
+        )
+        sentences.append(
+            f"Had the batches been others, {percent(round(overlap, 3))} of the kept dims would be the same{advice}."
+        )
+    if run.audit:
+        correlation, regret = (number(run.audit.get(key)) for key in ("rank_correlation", "regret"))
+        lost = (
+            f", and the plan's choice among them avoids {percent(round(1 - regret, 3))} of the loss that the best would"
+        )
+        sentences.append(
+            f"Left out one at a time, {len(run.audit.get('columns', []))} dims ranked by what the loss then was agree with the "
+            f"scores by a rank correlation of {text(correlation, '.2f')}{'' if math.isnan(regret) else lost}."
         )
     return sentences
 
