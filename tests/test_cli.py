@@ -45,7 +45,7 @@ def test_help_names_the_verbs(sseds: Sseds) -> None:
         ("search.min_dim=16", ("a floor of 16 columns in each of 4 tables",)),
         ("model.embedding_dim=10", ("model.embedding_dim=10", "not a multiple of 4")),
         ("model.name=deepfn", ("no model named 'deepfn'", "deepfm")),
-        ("search.criterion=spin", ("no criterion named 'spin'", "snip, ggn")),
+        ("search.criterion=spin", ("no criterion named 'spin'", "snip, snip_batch_abs")),
         ("search.budget.parameters=.nan", ("search.budget.parameters", "finite")),
         ("model.hidden=[0]", ("model.hidden.0=0", "greater than 0")),
         ("train.learning_rate=.inf", ("train.learning_rate=inf", "finite")),

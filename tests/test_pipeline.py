@@ -318,6 +318,20 @@ def test_early_stopping_keeps_the_best_step_and_retrain_has_its_own_settings(
     assert retrain["epochs"] == 1
 
 
+def test_retraining_that_only_harms_keeps_the_start(
+    finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    assert sseds("retrain", config, "retrain.learning_rate=0.5", "--run-dir", run, "--rerun").code == 0
+    history = [json.loads(line) for line in (run / "retrain/history.jsonl").read_text().splitlines()]
+    start, *epochs = [event for event in history if event["kind"] == "eval"]
+    assert (start["step"], start["epoch"]) == (0, 0) and [event["epoch"] for event in epochs] == [1, 2, 3]
+    assert all(event["auc"] < start["auc"] for event in epochs)
+    slim, retrain = _results(run)["slim"], _results(run)["retrain"]
+    assert retrain["validation_auc"] == start["auc"]
+    assert (retrain["auc"], retrain["logloss"]) == (slim["auc"], slim["logloss"])
+
+
 def _pretrain_on_rank(rank: int, world_size: int, config: Path, settings: list[str], run: Path) -> None:
     runtime = Runtime(rank, world_size, torch.device("cpu"))
     Pipeline(load_config(config, settings), RunDirectory(run), runtime).pretrain()

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from fbgemm_gpu.tbe.ssd import SSDTableBatchedEmbeddingBags
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbedding
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_tower_sharding import ShardedEmbeddingTower, ShardedEmbeddingTowerCollection
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
@@ -99,6 +101,7 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
         if path and parent in covered:
             covered.add(path)
         elif isinstance(module, SEARCHABLE):
+            _check_kernels(plain, module)
             covered.add(path)
             found[plain] = module
         else:
@@ -113,6 +116,21 @@ def _check_searchable(path: str, module: nn.Module) -> None:
         if isinstance(module, kinds):
             name = type(module).__name__
             raise UserError(f"{path or 'the model'}: {name} cannot be searched: {what_to_do}")
+
+
+def _check_kernels(path: str, module: nn.Module) -> None:
+    """Refuses what holds the shards of a module, if its forward cannot be undone or is wrong."""
+    for inner in lookup_modules(module):
+        if isinstance(inner, SSDTableBatchedEmbeddingBags):
+            raise UserError(
+                f"{path or 'the model'}: tables on SSD or in a key-value store cannot be searched: "
+                "each look-up moves their rows; search the model with its tables in memory"
+            )
+        if isinstance(inner, BatchedDenseEmbedding) and inner.emb_module.use_cpu:
+            raise UserError(
+                f"{path or 'the model'}: data-parallel tables of an EmbeddingCollection cannot be searched on a CPU: "
+                "FBGEMM's kernel mixes up their sequences (pytorch/FBGEMM#4586), in training too; shard them otherwise"
+            )
 
 
 def table_configs(module: nn.Module) -> list[EmbeddingBagConfig]:

@@ -142,6 +142,7 @@ def build_slim_model(
     masses = MassColumns(
         {field: len(kept[table]) for field, table in tables.items()},
         {field: field for field, table in tables.items() if table in plan.rotations},
+        {field: plan.rotations[table].mean_length for field, table in tables.items() if table in plan.rotations},
         [field for field, table in tables.items() if plan.tables[table].pooling == "MEAN"],
         schema.is_weighted,
     )

@@ -14,7 +14,6 @@ from sseds_rec.errors import UserError
 from sseds_rec.models.ctr import CtrModel
 from sseds_rec.models.registry import OverArch
 from sseds_rec.search.plan import DimensionPlan
-from sseds_rec.slim.alignment import with_mean
 
 _TABLES = ("embeddings.", "managed.")
 _TRANSFORMS = ".alignment.transforms."
@@ -74,14 +73,14 @@ def _kept(weight: Tensor, name: str, over: OverArch, plan: DimensionPlan) -> Ten
 def _over_kept_columns(weight: Tensor, plan: DimensionPlan) -> Tensor:
     """W [..., dense inputs, concatenation of all original fields] -> the same over what is kept of them.
 
-    A rotated field e = [M μ] [t; mass] leaves W [M μ], over its coordinates and its mass.
+    A rotated field e = R [t; mass·|μ|] leaves W R, over its coordinates and its mass (`Rotation.with_mean`).
     """
     dims = [table.original_dim for table in plan.tables.values()]
     dense, *fields = weight.split([weight.shape[-1] - sum(dims), *dims], dim=-1)
     parts = [dense]
     for (name, table), field in zip(plan.tables.items(), fields, strict=True):
         if name in plan.rotations:
-            parts.append((field.double() @ with_mean(plan.rotations[name]).double()).to(weight.dtype))
+            parts.append((field.double() @ plan.rotations[name].with_mean().double()).to(weight.dtype))
         else:
             parts.append(field[..., table.kept])
     return torch.cat(parts, dim=-1)

@@ -16,16 +16,23 @@ from torch import Tensor
 from sseds_rec.errors import UserError
 from sseds_rec.search.moments import Moment
 from sseds_rec.search.rotation import Rotation, loss_basis
-from sseds_rec.search.samples import Sample
+from sseds_rec.search.samples import Sample, exact, sum_products, sum_rows
 
 
 def _gradient(sample: Sample, _: Tensor) -> Tensor:
-    return sample.contribution().sum(dim=0)
+    return sum_rows(sample.contribution())
 
 
 GRADIENT = Moment("loss", _gradient)
-CURVATURE = Moment("logit", lambda sample, h: (sample.contribution().square_() * h).sum(dim=0))
-OUTPUT = Moment("output", lambda sample, _: sample.output().sum(dim=0))
+
+
+def _weighted(values: Tensor, h: Tensor) -> Tensor:
+    """Values times the rows' curvatures, in place."""
+    return values.mul_(h.to(values.dtype))
+
+
+CURVATURE = Moment("logit", lambda sample, h: sum_rows(_weighted(sample.contribution().square_(), h)))
+OUTPUT = Moment("output", lambda sample, _: sum_rows(sample.output()))
 VECTORS = Moment("output", lambda sample, _: torch.tensor(sample.vectors, dtype=torch.float64), axes=0)
 
 
@@ -85,7 +92,7 @@ class TaylorAbs(Criterion):
     """
 
     name = "taylor_abs"
-    moments = (Moment("loss", lambda sample, _: sample.contribution().abs_().sum(dim=0)),)
+    moments = (Moment("loss", lambda sample, _: sum_rows(sample.contribution().abs_())),)
 
     def score(self, *means: Tensor) -> Tensor:
         (magnitude,) = means
@@ -96,7 +103,7 @@ class Fisher(Criterion):
     """E c², c of the loss: the diagonal of the empirical Fisher information in α (Theis et al., Fisher pruning, 2018)."""
 
     name = "fisher"
-    moments = (Moment("loss", lambda sample, _: sample.contribution().square_().sum(dim=0)),)
+    moments = (Moment("loss", lambda sample, _: sum_rows(sample.contribution().square_())),)
 
     def score(self, *means: Tensor) -> Tensor:
         (square,) = means
@@ -142,8 +149,8 @@ class MeanReplace(Criterion):
     name = "mean_replace"
     moments = (
         CURVATURE,
-        Moment("logit", lambda sample, h: (sample.contribution() * sample.gradient() * h).sum(dim=0)),
-        Moment("logit", lambda sample, h: (sample.gradient().square() * h).sum(dim=0)),
+        Moment("logit", lambda sample, h: sum_rows(_weighted(sample.contribution(), h).mul_(sample.gradient()))),
+        Moment("logit", lambda sample, h: sum_rows(_weighted(sample.gradient().square(), h))),
         OUTPUT,
         VECTORS,
     )
@@ -158,7 +165,7 @@ class Magnitude(Criterion):
     """√E e²: the size of what the column puts out. Rows weigh by how often they are looked up; needs no gradient."""
 
     name = "magnitude"
-    moments = (Moment("output", lambda sample, _: sample.output().square().sum(dim=0)),)
+    moments = (Moment("output", lambda sample, _: sum_rows(sample.output().square())),)
 
     def score(self, *means: Tensor) -> Tensor:
         (square,) = means
@@ -174,7 +181,7 @@ class PcaEnergy(Criterion):
     """
 
     name = "pca_energy"
-    moments = (OUTPUT, Moment("output", lambda sample, _: (e := sample.output()).T @ e, axes=2))
+    moments = (OUTPUT, Moment("output", lambda sample, _: sum_products(e := sample.output(), e), axes=2))
 
     def score(self, *means: Tensor) -> Tensor:
         mean, square = means
@@ -203,17 +210,18 @@ class Random(Criterion):
 
 
 def _slopes(sample: Sample, h: Tensor) -> Tensor:
-    slopes = [one.slope().double() for one in sample.lookups]
-    return torch.stack([slope.T @ (slope * h) for slope in slopes]).sum(dim=0)
+    slopes = [exact(one.slope()) for one in sample.lookups]
+    return torch.stack([sum_products(slope, slope * h.to(slope.dtype)) for slope in slopes]).sum(dim=0)
 
 
 def _pairs(sample: Sample, _: Tensor) -> Tensor:
-    outputs = [one.output.double() for one in sample.lookups]
-    return torch.stack([output.T @ output for output in outputs]).sum(dim=0)
+    outputs = [exact(one.output) for one in sample.lookups]
+    return torch.stack([sum_products(output, output) for output in outputs]).sum(dim=0)
 
 
 def _massed(sample: Sample, _: Tensor) -> Tensor:
-    return torch.stack([one.mass() @ one.output.double() for one in sample.lookups]).sum(dim=0)
+    parts = [sum_rows(exact(one.output) * one.mass()[:, None].to(one.output)) for one in sample.lookups]
+    return torch.stack(parts).sum(dim=0)
 
 
 class GgnRotated(Criterion):

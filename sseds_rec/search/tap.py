@@ -160,7 +160,7 @@ class _Tap:
         if self.module._is_weighted or not done_by_row.issuperset(config.feature_names):
             raise UserError(
                 f"table {self.names[config.name]}: TorchRec pools it wrongly, since its collection has row-wise tables with "
-                "mean pooling and others or weights; shard all its tables row-wise, or none"
+                "mean pooling, and others or weights; shard no table of it row-wise"
             )
 
 

@@ -24,11 +24,6 @@ def columns_of(embeddings: KeyedTensor, dims: Mapping[str, int]) -> dict[str, Te
     return {key: columns[key] if columns[key].shape[1] == d else columns[key][:, :d] for key, d in dims.items()}
 
 
-def with_mean(rotation: Rotation) -> Tensor:
-    """[M μ], of D rows: e = M t + mass·μ is its product with coordinates t and, as one more column of theirs, the mass."""
-    return torch.cat([rotation.inverse, rotation.mean[:, None]], dim=1)
-
-
 class Alignment(nn.Module):
     """ē_i = M_i e_i with M_i ∈ R^{A x d_i} and no bias, for F features of any widths.
 
@@ -72,13 +67,14 @@ class Alignment(nn.Module):
         for table, transform in self.transforms.items():
             rotation = rotations.get(table)
             if init == "select" and rotation is not None:
-                transform.copy_(with_mean(rotation))
+                transform.copy_(rotation.with_mean())
             elif init == "select":
                 transform.zero_()
                 transform[list(kept[table]), torch.arange(transform.shape[1])] = 1.0
             elif rotation is not None:
                 nn.init.orthogonal_(transform[:, :-1])
-                transform[:, -1] = rotation.mean if len(rotation.mean) == self.aligned_dim else 0.0
+                own = len(rotation.mean) == self.aligned_dim
+                transform[:, -1] = rotation.with_mean()[:, -1] if own else 0.0
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Concatenated embeddings [B, Σd_i] -> aligned [B, F, A]."""

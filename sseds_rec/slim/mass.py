@@ -13,26 +13,33 @@ from sseds_rec.slim.alignment import columns_of
 
 
 class MassColumns(nn.Module):
-    """Pooled embeddings -> the same, with the mass of its bag beside each embedding of a rotated table.
+    """Pooled embeddings -> the same, with mass·|μ| of its bag beside each embedding of a rotated table.
 
-    So e = M t + mass·μ is the product of [M μ] and what is returned, a bag that is empty or weighted is as exact as any other,
-    and a rotated table that is dropped still counts with its mean.
+    So e = M t + mass·μ is the product of `Rotation.with_mean` and what is returned, a bag that is empty or weighted is as exact
+    as any other, and a rotated table that is dropped still counts with its mean.
 
     It is a module of its own since TorchRec's pipelines trace everything else around sharded tables.
 
     Args:
         dims: key -> d_i, the columns its embeddings have (of those stored, the first); 0 if the table is dropped.
         features: key -> feature of the ids, for the keys of rotated tables.
+        mean_lengths: key -> |μ| of its rotation, for the same keys.
         averaged: keys of tables that pool by the mean.
         is_weighted: whether ids are pooled with weights.
     """
 
     def __init__(
-        self, dims: Mapping[str, int], features: Mapping[str, str], averaged: Collection[str], is_weighted: bool
+        self,
+        dims: Mapping[str, int],
+        features: Mapping[str, str],
+        mean_lengths: Mapping[str, float],
+        averaged: Collection[str],
+        is_weighted: bool,
     ) -> None:
         super().__init__()
         self.kept = {key: d for key, d in dims.items() if d}
         self.features = dict(features)
+        self.mean_lengths = dict(mean_lengths)
         self.averaged = set(averaged)
         self.is_weighted = is_weighted
         #: key -> columns of what is returned, in the order of `dims`.
@@ -46,7 +53,7 @@ class MassColumns(nn.Module):
         return KeyedTensor(list(self.dims), list(self.dims.values()), torch.cat(parts, dim=1))
 
     def _masses(self, ids: KeyedJaggedTensor) -> dict[str, Tensor]:
-        """Key -> what 1 in every row of its table would be pooled to [B, 1]: Σ weights, or the length, or the mean of them."""
+        """Key -> what |μ| in every row of its table would be pooled to [B, 1]."""
         names, lengths = ids.keys(), ids.lengths()
         # Not its "safe" form, which waits for the device to check the lengths.
         reduce = partial(torch.segment_reduce, reduce="sum", lengths=lengths, unsafe=True)
@@ -55,5 +62,6 @@ class MassColumns(nn.Module):
         masses = {}
         for key, feature in self.features.items():
             i = names.index(feature)
-            masses[key] = own_sums[i] / own_lengths[i].clamp(min=1) if key in self.averaged else own_sums[i]
+            mass = own_sums[i] / own_lengths[i].clamp(min=1) if key in self.averaged else own_sums[i]
+            masses[key] = mass * self.mean_lengths[key]
         return masses

@@ -78,6 +78,7 @@ class SlimEmbeddingBagCollection(nn.Module):
                 if c.name in rotations
                 for key, f in zip(names[c.name], c.feature_names, strict=True)
             },
+            {key: rotations[table].mean_length for key, table in tables.items() if table in rotations},
             [key for c in configs if c.pooling == PoolingType.MEAN for key in names[c.name]],
             is_weighted,
         )

@@ -45,6 +45,8 @@ class Trainer:
         folder: gets `history.jsonl`, `tensorboard/` and `checkpoints/`.
         runtime: of this process.
         fingerprint: of the settings that a checkpoint must have been made under.
+        from_trained: whether the model is a trained one already: then it is measured before the first step too, and is the
+            best one until an epoch is better.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Trainer:
         folder: Path,
         runtime: Runtime,
         fingerprint: str = "",
+        from_trained: bool = False,
     ) -> None:
+        self.from_trained = from_trained
         self.model, self.optimizer, self.loaders, self.config, self.runtime = model, optimizer, loaders, config, runtime
         self.section = "train" if folder.name == "pretrain" else folder.name
         self.checkpoints = CheckpointStore(
@@ -83,6 +87,8 @@ class Trainer:
             Preempted: a rank got SIGTERM; a checkpoint has been written.
         """
         with preemption(self.runtime) as requested:
+            if self.from_trained and not self.progress.step and self.progress.best_step < 0:
+                self._validate(epochs=0)
             while self.progress.epoch < self.config.epochs and self.progress.bad_epochs < self.config.patience:
                 self._train_epoch(requested)
                 self._validate()
@@ -157,12 +163,13 @@ class Trainer:
         self.history.add({**event, "samples_per_second": rate, "seconds": self.progress.seconds})
         return time.monotonic()
 
-    def _validate(self) -> None:
+    def _validate(self, epochs: int = 1) -> None:
+        """Measures the model after so many more epochs, and saves it."""
         begun, progress = time.monotonic(), self.progress
         average_batch_norm(self.model, self.runtime)
         metrics = evaluate(self.model, self.loaders.validation, self.runtime)
         progress.seconds += time.monotonic() - begun
-        progress.epoch += 1
+        progress.epoch += epochs
         progress.loader = {}
         better = metrics.auc > progress.best_auc
         if better:
@@ -172,10 +179,10 @@ class Trainer:
         every = self.config.reduce_patience
         reduced = every is not None and not better and progress.bad_epochs % every == 0
         progress.reductions += reduced
+        pace = f"  {progress.samples / progress.train_seconds:,.0f} samples/s" if progress.samples else ""
         self.reporter.line(
             f"epoch {progress.epoch}/{self.config.epochs}  validation AUC {metrics.auc:.4f}  logloss {metrics.logloss:.4f}"
-            f"  {progress.samples / progress.train_seconds:,.0f} samples/s{'  best' if better else ''}"
-            f"{'  learning rates reduced' if reduced else ''}"
+            f"{pace}{'  best' if better else ''}{'  learning rates reduced' if reduced else ''}"
         )
         event = {"kind": "eval", "split": "validation", "step": progress.step, "epoch": progress.epoch}
         self.history.add({**event, **metrics.as_dict(), "seconds": progress.seconds})

@@ -171,7 +171,7 @@ def test_with_random_transforms_the_mean_stays_in_the_original_width_only() -> N
         model = build_slim_model(config_of("fm"), schema_of(0), plan, "random")
         assert model.over.fields.alignment is not None
         for table, transform in model.over.fields.alignment.transforms.items():
-            expected = plan.rotations[table].mean.float() if width == D else torch.zeros(width)
+            expected = plan.rotations[table].with_mean()[:, -1].float() if width == D else torch.zeros(width)
             assert torch.equal(transform[:, -1], expected)
 
 

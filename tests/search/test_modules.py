@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchrec import KeyedJaggedTensor
 from torchrec.modules.mc_modules import MCHManagedCollisionModule
 
 from sseds_rec.errors import UserError
@@ -17,6 +18,7 @@ from tests.search.zoo import (
     ROWS,
     TABLES,
     Case,
+    Click,
     Found,
     assert_equal,
     build,
@@ -78,30 +80,39 @@ def _on_rank(rank: int, world_size: int, case: Case, types: list[str], local: in
 
 def _compare(world_size: int, case: Case, types: list[str], local: int | None = None) -> None:
     found = run_ranks(world_size, _on_rank, case, types, local)
+    added = 1e-6 if "row_wise" in types[0] else 0  # by TorchRec, to the divisors of row-wise means
     for own, cut in zip(found, CUTS[world_size], strict=True):
-        assert_equal(own, explicit(case, *cut))
+        assert_equal(own, explicit(case, *cut, added))
 
 
-#: FBGEMM's dense kernel, of data-parallel tables, pools sequences on a CPU (pytorch/FBGEMM#4586): a bag of one id it cannot spoil.
-ONE_ID = Case("ec", single=True)
-
-
-@pytest.mark.parametrize("sharding", [*MIXED, "mixed"])
+@pytest.mark.parametrize("sharding", MIXED)
 @pytest.mark.parametrize("case", [Case("ebc"), Case("ec"), Case("fp")], ids=str)
 def test_sharded_on_two_ranks(case: Case, sharding: str) -> None:
-    case = ONE_ID if case.kind == "ec" and sharding in ("data_parallel", "mixed") else case
-    _compare(2, case, MIXED if sharding == "mixed" else [sharding] * 4)
+    if case.kind == "ec" and sharding == "data_parallel":
+        assert all("data-parallel tables of an EmbeddingCollection" in said for said in run_ranks(2, _refused_on_rank))
+    else:
+        _compare(2, case, [sharding] * 4)
+
+
+def _refused_on_rank(rank: int, world_size: int) -> str:
+    model = shard(build(Case("ec"), "meta"), dict.fromkeys(TABLES, "data_parallel"))
+    with pytest.raises(UserError) as refused:
+        measure(model, make_batch(Case("ec")))
+    return str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("case", "types"),
     [
+        (Case("ebc"), MIXED),
+        (Case("ec"), ["table_wise", "row_wise", "column_wise", "row_wise"]),
+        (Case("fp"), MIXED),
         (Case("mc"), ["row_wise"] * 4),
         (Case("mcec"), ["row_wise"] * 4),
         (Case(weighted=True), MIXED),
         (Case(pooling="MEAN"), ["row_wise"] * 4),
         (Case(pooling="MEAN"), ["table_wise", "column_wise", "data_parallel", "table_wise"]),
-        (Case(repeats=True), MIXED),
+        (Case(repeats=True), ["table_wise", "row_wise", "column_wise", "row_wise"]),
         (Case(repeats=True, pooling="MEAN"), ["row_wise"] * 4),
         (Case("ec", repeats=True), ["table_wise", "row_wise", "column_wise", "row_wise"]),
     ],
@@ -131,3 +142,31 @@ def test_four_ranks(case: Case, types: list[str], local: int | None) -> None:
 @pytest.mark.parametrize("case", [Case("ebc"), Case("fp")], ids=str)
 def test_sharded_on_one_rank(case: Case) -> None:
     _compare(1, case, MIXED)
+
+
+class _Frozen(Click):
+    def look_up(self, features: KeyedJaggedTensor) -> Any:
+        with torch.no_grad():
+            return self.embedding(features=features)
+
+
+def test_a_lookup_by_keyword_and_without_gradients_is_scored() -> None:
+    model = _Frozen(plain_model(Case()).embedding)
+    model.load_state_dict(plain_model(Case()).state_dict())
+    assert_equal(measure(model, make_batch(Case()), mass=True), explicit(Case()))
+
+
+def _pooled_wrongly_on_rank(rank: int, world_size: int, weighted: bool) -> str:
+    types = ["row_wise"] * 4 if weighted else MIXED
+    case = Case(pooling="MEAN", weighted=weighted)
+    model = shard(build(case, "meta"), dict(zip(TABLES, types, strict=True)))
+    measure(model, make_batch(case))  # as TorchRec pools it
+    with pytest.raises(UserError) as refused:
+        measure(model, make_batch(case), mass=True)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_means_that_torchrec_divides_otherwise_than_unsharded_are_refused_where_that_counts(weighted: bool) -> None:
+    (said,) = run_ranks(1, _pooled_wrongly_on_rank, weighted)
+    assert said.startswith("table t0: TorchRec pools it wrongly") and "shard no table of it row-wise" in said

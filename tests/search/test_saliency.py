@@ -178,7 +178,7 @@ def test_two_modules_are_named_by_their_path_and_a_module_called_twice_sums() ->
 
 def test_what_cannot_be_scored_is_refused_by_name() -> None:
     model, batch = ClickModel(), make_batch(make_rows(ROWS, seed=5), 0, 40)
-    with pytest.raises(sr.UserError, match="unknown criterion 'spin'; choose one of snip, ggn"):
+    with pytest.raises(sr.UserError, match="unknown criterion 'spin'; choose one of snip, snip_batch_abs"):
         sr.score_dimensions(model, [batch], "spin")
     with pytest.raises(sr.UserError, match="no batch"):
         sr.score_dimensions(model, [])

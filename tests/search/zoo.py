@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import (
@@ -16,6 +17,7 @@ from torchrec import (
     KeyedJaggedTensor,
     KeyedTensor,
 )
+from torchrec.distributed.types import LazyAwaitable
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.feature_processor_ import PositionWeightedModule
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
@@ -51,14 +53,16 @@ class Case:
         pooling: of an ebc.
         weighted: an ebc whose ids have weights.
         repeats: rows with the same ids are looked up once ("variable batch size per feature").
-        single: every bag holds one id.
     """
 
     kind: str = "ebc"
     pooling: str = "SUM"
     weighted: bool = False
     repeats: bool = False
-    single: bool = False
+
+    def __str__(self) -> str:
+        names = [self.kind, *([self.pooling] if self.pooling != "SUM" else [])]
+        return "-".join(names + [name for name in ("weighted", "repeats") if getattr(self, name)])
 
 
 class Click(nn.Module):
@@ -71,16 +75,18 @@ class Click(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         features, labels = batch
-        found = self.embedding(features)
+        found = self.look_up(features)
         found = found[0] if isinstance(found, tuple) else found
+        found = found.wait() if isinstance(found, LazyAwaitable) else found
         columns = [_column(found, key) for key in KEYS]
         logits = self.over(torch.cat(columns, dim=1)).squeeze(1)
         return F.binary_cross_entropy_with_logits(logits, labels), logits.detach()
 
+    def look_up(self, features: KeyedJaggedTensor) -> Any:
+        return self.embedding(features)
+
 
 def _column(found: Any, key: str) -> Tensor:
-    if hasattr(found, "wait"):
-        found = found.wait()
     if isinstance(found, KeyedTensor):
         return found[key].double()
     rows = [torch.tanh(values.double()).sum(dim=0) for values in found[key].to_dense()]
@@ -118,6 +124,7 @@ def _maps(configs: Any, device: torch.device) -> ManagedCollisionCollection:
             eviction_policy=LFU_EvictionPolicy(),
             eviction_interval=10,
             input_hash_size=RAW,
+            buckets=dist.get_world_size() if dist.is_initialized() else 1,
         )
         for config in configs
     }
@@ -164,8 +171,7 @@ def make_rows(case: Case) -> tuple[list[list[list[int]]], list[list[list[float]]
     ids: list[list[list[int]]] = []
     weights: list[list[list[float]]] = []
     for _ in range(ROWS):
-        drawn = torch.randint(0, 4, (len(FEATURES),), generator=generator).tolist()
-        lengths = [1 if case.single else n for n in drawn]
+        lengths = torch.randint(0, 4, (len(FEATURES),), generator=generator).tolist()
         ids.append([torch.randint(0, IDS, (n,), generator=generator).tolist() for n in lengths])
         weights.append([torch.rand(n, generator=generator).tolist() if case.weighted else [1.0] * n for n in lengths])
     return ids, weights, (torch.rand(ROWS, generator=generator) > 0.5).double()
@@ -175,7 +181,7 @@ def make_batch(case: Case, first: int = 0, last: int = ROWS) -> tuple[KeyedJagge
     """Rows [first, last) as the model takes them."""
     ids, weights, labels = make_rows(case)
     lengths, values, scales, strides, inverse = [], [], [], [], []
-    for f, (feature, table) in enumerate(KEYS.items()):
+    for f, table in enumerate(KEYS.values()):
         bags = [(tuple(ids[row][f]), tuple(weights[row][f])) for row in range(first, last)]
         unique = list(dict.fromkeys(bags)) if case.repeats else bags
         lengths += [len(own) for own, _ in unique]
@@ -197,8 +203,12 @@ def make_batch(case: Case, first: int = 0, last: int = ROWS) -> tuple[KeyedJagge
 Found = dict[str, dict[str, Tensor]]
 
 
-def explicit(case: Case, first: int = 0, last: int = ROWS) -> Found:
-    """Of each table, in float64 and with an α for every row: ∂(rows x loss)/∂α_b [B, D], ∂z_b/∂α_b, Σ e and Σ mass."""
+def explicit(case: Case, first: int = 0, last: int = ROWS, added: float = 0) -> Found:
+    """Of each table, in float64 and with an α for every row: ∂(rows x loss)/∂α_b [B, D], ∂z_b/∂α_b, Σ e and Σ mass; and z [B].
+
+    Args:
+        added: to the number of ids by which a mean is divided.
+    """
     ids, id_weights, labels = make_rows(case)
     weights = {name: value.double() for name, value in weights_of(case).items()}
     tables = {t: next(v for n, v in weights.items() if n.endswith(f".{t}.weight")) for t in TABLES}
@@ -214,7 +224,7 @@ def explicit(case: Case, first: int = 0, last: int = ROWS) -> Found:
             if case.kind == "fp":
                 scale = next(v for n, v in weights.items() if f".{feature}.position_weight" in n)[: len(own)]
             if case.pooling == "MEAN":
-                scale = scale / max(len(own), 1)
+                scale = scale / (max(len(own), 1) + added)
             vectors = tables[table][own] * scale[:, None]
             outputs[table][b] += vectors.sum(dim=0)
             masses[table][b] += scale.sum()
@@ -231,7 +241,7 @@ def explicit(case: Case, first: int = 0, last: int = ROWS) -> Found:
         "output": list(outputs.values()),
         "mass": list(masses.values()),
     }
-    return {of: dict(zip(alpha, values, strict=True)) for of, values in found.items()}
+    return {of: dict(zip(alpha, values, strict=True)) for of, values in found.items()} | {"z": {"": z.detach()}}
 
 
 def measure(model: nn.Module, batch: Any, mass: bool = False) -> Found:
@@ -259,5 +269,4 @@ def assert_equal(found: Found, expected: Found) -> None:
         for name, values in tables.items():
             largest = float(expected[of][name].abs().max())
             error = float((values - expected[of][name]).abs().max()) / largest
-            assert values.dtype == torch.float64
             assert error < 1e-6, f"{of} of {name}: off by {error}"
