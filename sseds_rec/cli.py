@@ -81,7 +81,7 @@ def audit(
         found = pipeline.audit(columns, batches)
         if main:
             path = pipeline.run.path("search", "audit.json")
-            print_audit(found, pipeline.config.search.criterion)
+            print_audit(found, pipeline.criterion)
             console.print(f"audit: wrote {path}")
             figures = {key: value for key, value in found.as_dict().items() if key != "columns"}
             print_json(as_json, {"verb": "audit", "run_dir": str(pipeline.run.folder), "audit": str(path), **figures})

@@ -32,36 +32,38 @@ class SearchConfig(_Section):
     """The `search` section.
 
     Attributes:
-        criterion: one of `sseds_rec.search.criteria`; "snip" is the paper's.
-        num_batches: batches of `train.batch_size` rows to score with, at most; "auto" for as many as the plan needs.
+        criterion: one of `sseds_rec.search.criteria`; "snip" is the paper's. Null for "ggn_rotated", or "ggn" where tables
+            cannot be rotated: of models that multiply raw columns, and of fields of raw ids.
+        num_batches: batches of `train.batch_size` rows to score with, at most; "auto" for as many as the plan needs. Null for as
+            many as hold 4,096 rows, two at least.
         rounds: scorings, each with the columns masked that the one before would drop, on the way to the budget.
         split: where batches come from; held-out rows by default.
         budget: what may stay.
         multiple, min_dim, exponent, order, floor_share, tables: see `sseds_rec.allocate`.
     """
 
-    criterion: str = "ggn"
-    num_batches: int | Literal["auto"] = 32
+    criterion: str | None = None
+    num_batches: int | Literal["auto"] | None = None
     rounds: int = Field(1, ge=1)
     split: Literal["train", "validation"] = "validation"
     budget: Budget = Budget(parameters=0.1)
     multiple: int = Field(4, ge=1)
     min_dim: int = Field(0, ge=0)
     exponent: float = Field(0.5, ge=0, le=1)
-    order: Order = "fill"
+    order: Order = "knapsack"
     floor_share: float = Field(0.0, ge=0, le=1)
     tables: dict[str, TableRule] = {}
 
     @field_validator("criterion")
     @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in CRITERIA:
+    def _known(cls, value: str | None) -> str | None:
+        if value not in (None, *CRITERIA):
             raise ValueError(f"no criterion named {value!r}; choose one of {', '.join(CRITERIA)}")
         return value
 
     @field_validator("num_batches")
     @classmethod
-    def _positive(cls, value: int | str) -> int | str:
+    def _positive(cls, value: int | str | None) -> int | str | None:
         if isinstance(value, int) and value < 1:
             raise ValueError("it is a number from 1 on, or auto")
         return value

@@ -18,14 +18,23 @@ from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import raw_ids_refused, shard
 from sseds_rec.errors import UserError
 from sseds_rec.files import write_json, write_text
-from sseds_rec.models import CtrModel, build_model, build_slim_model, names_in_scores, plan_for, raw_fields, rows_of
+from sseds_rec.models import (
+    MODELS,
+    CtrModel,
+    build_model,
+    build_slim_model,
+    names_in_scores,
+    plan_for,
+    raw_fields,
+    rows_of,
+)
 from sseds_rec.models.registry import check_rotates
 from sseds_rec.models.ticket import load_ticket
 from sseds_rec.report.html import write_report
 from sseds_rec.run_directory import RunDirectory, fingerprint
 from sseds_rec.search.allocate import check_budget
 from sseds_rec.search.audit import Audit, audit_dimensions
-from sseds_rec.search.criteria import GgnRotated, criterion_named
+from sseds_rec.search.criteria import Ggn, GgnRotated, criterion_named
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.saliency import score_dimensions
 from sseds_rec.search.scores import DimensionScores, Table, save_arrays
@@ -40,6 +49,9 @@ from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer,
 from sseds_rec.training.trainer import Loaders, Trainer
 
 _TABLE = ".embedding_bags."
+
+#: Rows that a search looks at by default: on flights, census and planted data more change nothing (benchmarks/search.md).
+_SCORED_ROWS = 4096
 
 
 class Pipeline:
@@ -102,11 +114,13 @@ class Pipeline:
 
     def _check_search(self) -> None:
         search, model = self.config.search, self.config.model
-        if search.criterion == GgnRotated.name:
+        raw = raw_fields(self.schema)
+        self.criterion = search.criterion or (GgnRotated if MODELS[model.name].rotates and not raw else Ggn).name
+        if self.criterion == GgnRotated.name:
             check_rotates(model)
-            if raw := raw_fields(self.schema):
+            if raw:
                 raise UserError(
-                    f"search.criterion={search.criterion} cannot rotate the table of raw ids of field {raw[0]}; choose ggn"
+                    f"search.criterion={self.criterion} cannot rotate the table of raw ids of field {raw[0]}; choose ggn"
                 )
         names = names_in_scores(self.schema)
         tables = {names[field.name]: Table(rows_of(field), model.embedding_dim) for field in self.schema.sparse_fields}
@@ -154,8 +168,8 @@ class Pipeline:
         return score_dimensions(
             model,
             self.loader(search.split, shuffle=True),
-            criterion_named(search.criterion, self.config.seed),
-            search.num_batches,
+            criterion_named(self.criterion, self.config.seed),
+            search.num_batches or max(2, -(-_SCORED_ROWS // self.config.train.batch_size)),
             rounds=search.rounds,
             budget=search.budget,
             allocation=search.allocate,

@@ -268,7 +268,7 @@ def test_tables_of_a_plan_may_come_in_any_order(finished_run: Path, config: Path
     plan["tables"].pop("user")
     (run / "search/plan.json").write_text(json.dumps(plan))
     done = sseds("slim", config, "--run-dir", run, "--rerun")
-    assert done.code == 2 and "table user is in the data only" in done.err
+    assert done.code == 2 and "plan: there is a rotation of table user, which the plan does not have" in done.err
 
 
 def test_what_kills_between_two_writes_leave_is_mended(

@@ -25,7 +25,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     * What DDP wraps runs without it: DDP would prepare for a backward, broadcast buffers and, of a static graph, take the
       first gradients that pass for those of the first training step.
     * The kernels' step counters, and every module's train or eval mode, are as before.
-    * Autocast forgets the weights that were cast in the block: without gradients they would stay so for the next step.
+    * Gradients can be taken, even if the caller is in `torch.no_grad` or `torch.inference_mode`.
 
     Raises:
         UserError: embeddings were prefetched for batches in flight, which another forward would take.
@@ -38,6 +38,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         )
     modes = [(module, module.training) for module in modules]
     with ExitStack() as changed:
+        changed.enter_context(torch.inference_mode(False))  # enables gradients, in no_grad as well
         for module in modules:
             _unpipeline(changed, module)
             if isinstance(module, DistributedDataParallel):
@@ -47,7 +48,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             with kernels_uncounted(model):
                 yield
         finally:
-            torch.clear_autocast_cache()
             for module, training in modes:
                 module.training = training
 

@@ -55,7 +55,11 @@ def search_blocks(run: Run) -> list[FigureBlock]:
     kept = np.concatenate([np.isin(np.arange(table.original_dim), table.kept) for table in run.tables])
     known = [table.errors for table in run.tables if table.errors is not None]
     errors = np.concatenate(known) if len(known) == len(run.tables) else None
-    interval = " A line spans the 95 % interval over other draws of the batches." if errors is not None else ""
+    interval = (
+        " A line spans 1.96 standard errors to either side, over other draws of the batches."
+        if errors is not None
+        else ""
+    )
     top = np.sort(scores)[::-1][: max(1, len(scores) // 100)].sum()
     zeros = int((scores <= 0).sum())
     thinned = " Of the lower ranks, only some are drawn." if len(scores) > figures.MAX_POINTS else ""

@@ -77,7 +77,7 @@ def saliency_rank(
         reach = 1.96 * errors[order][ranks - 1]
         shown = scores[ranks - 1]
         low = np.maximum(shown - reach, scores[-1] / 2)  # of an interval that holds 0, what the axis can show
-        axes.vlines(ranks, low, shown + reach, color=COLORS["track"], linewidth=1.0, label="95% interval")
+        axes.vlines(ranks, low, shown + reach, color=COLORS["track"], linewidth=1.0, label="±1.96 standard errors")
     for side, color, marker, word in ((~kept, "dropped", "x", "dropped"), (kept, "slim", "o", "kept")):
         shown = ranks[side[ranks - 1]]
         label = f"{word} ({side.sum():,})"

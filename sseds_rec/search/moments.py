@@ -57,13 +57,13 @@ class Moments:
         self.batches, self.rows, self.loss = 0, 0.0, 0.0
         self._shapes = {name: [(dim,) * moment.axes for moment in moments] for name, dim in dims.items()}
         self._sizes = [torch.Size(shape).numel() for shapes in self._shapes.values() for shape in shapes]
-        groups = max(2, min(_GROUPS, _NUMBERS // max(1, sum(self._sizes))))
-        self._sums = torch.zeros(groups, sum(self._sizes), dtype=torch.float64, device=device)
-        self._rows = torch.zeros(groups, dtype=torch.float64, device=device)
+        self._most_groups = max(2, min(_GROUPS, _NUMBERS // max(1, sum(self._sizes))))
+        self._groups: list[Tensor] = []  # moments, rows
+        self._device = device
 
     def begin_batch(self) -> Batch:
         """A batch to be filled on this rank."""
-        return Batch(self, torch.zeros(len(self._sums[0]) + 2, dtype=torch.float64, device=self._sums.device))
+        return Batch(self, torch.zeros(sum(self._sizes) + 2, dtype=torch.float64, device=self._device))
 
     def add(self, batch: Batch) -> None:
         """Adds a batch of all ranks; every rank calls it. This is the search's only communication."""
@@ -72,16 +72,17 @@ class Moments:
             for moment, total in zip(self.moments, moments, strict=True):
                 if moment.fold:
                     total.copy_(moment.fold(total))
-        group = self.batches % len(self._sums)
-        self._sums[group] += batch.packed[:-2]
-        self._rows[group] += batch.packed[-2]
+        if len(self._groups) < self._most_groups:
+            self._groups.append(batch.packed[:-1])
+        else:
+            self._groups[self.batches % self._most_groups] += batch.packed[:-1]
         rows, loss = batch.packed[-2:].tolist()
         self.rows, self.loss, self.batches = self.rows + rows, self.loss + loss, self.batches + 1
 
     @property
     def groups(self) -> int:
         """How many sums there are that can be drawn again: one a batch, of very many batches or numbers fewer."""
-        return min(self.batches, len(self._sums))
+        return len(self._groups)
 
     def means(self, times: Tensor | None = None) -> dict[str, list[Tensor]]:
         """Table -> the mean over rows of every moment.
@@ -89,11 +90,12 @@ class Moments:
         Args:
             times: how often each group counts, float64 [groups]; once each by default.
         """
-        sums, rows = self._sums[: self.groups], self._rows[: self.groups]
         if times is None:
-            times = torch.ones_like(rows)
-        times = times.to(rows.device)
-        return self.split(times @ sums / (times @ rows))
+            times = torch.ones(self.groups)
+        total = torch.zeros_like(self._groups[0])
+        for group, count in zip(self._groups, times.tolist(), strict=True):
+            total.add_(group, alpha=count)
+        return self.split(total[:-1] / total[-1])
 
     def split(self, packed: Tensor) -> dict[str, list[Tensor]]:
         """Table -> views of its moments."""

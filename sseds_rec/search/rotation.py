@@ -71,8 +71,8 @@ def loss_basis(slopes: Tensor, covariance: Tensor, mean: Tensor) -> Rotation | N
     values, vectors = torch.linalg.eigh(slopes)
     roots = (values.clamp_min(0) + _DAMPING * level).sqrt()
     root, inverse_root = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
-    spread, directions = torch.linalg.eigh(covariance)
-    left, _, _ = torch.linalg.svd(root @ (directions * spread.clamp_min(0).sqrt()))
+    # U S² Uᵀ is the eigendecomposition of G^½ C G^½, in ascending order.
+    left = torch.linalg.eigh(root @ covariance @ root).eigenvectors.flip(1)
     inverse = inverse_root @ left
     lengths = inverse.norm(dim=0)
     return Rotation(root @ left * lengths, inverse / lengths, mean)

@@ -33,8 +33,10 @@ def standard_errors(scores: DimensionScores) -> dict[str, Tensor] | None:
         for name, own in drawn.items():
             totals[name] += own - scores[name]
             squares[name] += (own - scores[name]).square()
+    # Of G batches a bootstrap has the variance of a sum over G, not G - 1.
+    unbiased = (_groups(scores) / (_groups(scores) - 1)) ** 0.5
     return {
-        name: ((squares[name] - totals[name].square() / _REDRAWS) / (_REDRAWS - 1)).clamp_min(0).sqrt()
+        name: unbiased * ((squares[name] - totals[name].square() / _REDRAWS) / (_REDRAWS - 1)).clamp_min(0).sqrt()
         for name in scores
     }
 

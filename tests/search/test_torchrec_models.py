@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +15,7 @@ from torchrec.datasets.random import RandomRecDataset
 from torchrec.datasets.utils import Batch
 from torchrec.distributed import DistributedModelParallel, TrainPipelineSparseDist
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.models.deepfm import SimpleDeepFMNN
-from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRMTrain
-from torchrec.modules.mlp import MLP
+from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -26,87 +23,23 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 import sseds_rec as sr
 from tests.ranks import run_ranks
 from tests.search.placed import load, shard
+from tests.search.published import (
+    COUNT,
+    DENSE,
+    FEATURES,
+    LOSSES,
+    TABLES,
+    TYPES,
+    D,
+    build,
+    logits_of,
+    make_batch,
+    make_tables,
+    weights_of,
+)
 
-D, DENSE, COUNT = 8, 3, 24
-#: Feature -> rows of its table.
-FEATURES = {"user": 40, "page": 24, "site": 24, "hour": 12}
-TABLES = {"t_user": ["user"], "t_place": ["page", "site"], "t_hour": ["hour"]}
-TYPES = dict(zip(TABLES, ["row_wise", "column_wise", "data_parallel"], strict=True))
 CUTS = [(0, 15), (15, COUNT)]
 Scores = dict[str, Tensor]
-
-
-def _tables(names: list[str], device: str) -> EmbeddingBagCollection:
-    configs = [
-        EmbeddingBagConfig(
-            name=name, num_embeddings=FEATURES[TABLES[name][0]], embedding_dim=D, feature_names=list(TABLES[name])
-        )
-        for name in names
-    ]
-    return EmbeddingBagCollection(tables=configs, device=torch.device(device))
-
-
-class TwoTower(nn.Module):
-    """Users and places in one space (as in TorchRec's retrieval example, with a collection for each)."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.query, self.candidate = _tables(["t_user", "t_hour"], device), _tables(["t_place"], device)
-        self.query_over, self.candidate_over = MLP(2 * D, [8, 4]), MLP(2 * D, [8, 4])
-
-    def forward(self, batch: Batch) -> Tensor:
-        query = self.query_over(self.query(batch.sparse_features).values())
-        found = self.candidate(batch.sparse_features)
-        candidate = self.candidate_over(torch.cat([found["page"], found["site"]], dim=1))
-        return (query * candidate).sum(dim=1)
-
-
-def _build(name: str, device: str = "cpu") -> nn.Module:
-    if name == "two_tower":
-        return TwoTower(device)
-    tables = _tables(list(TABLES), device)
-    if name == "deepfm":
-        return SimpleDeepFMNN(DENSE, tables, hidden_layer_size=8, deep_fm_dimension=5)
-    arguments = (tables, DENSE, [8, D], [8, 1])
-    if name == "dcn":
-        return DLRMTrain(DLRM_DCN(*arguments, dcn_num_layers=2, dcn_low_rank_dim=4))
-    return DLRMTrain(DLRM(*arguments))
-
-
-def _logits(name: str, model: Any, batch: Batch) -> Tensor:
-    if name == "two_tower":
-        return model(batch)
-    if name == "deepfm":
-        return torch.logit(model(batch.dense_features, batch.sparse_features)).squeeze(1)
-    return model.model(batch.dense_features, batch.sparse_features).squeeze(1)
-
-
-#: What the model needs beside its forward to be scored.
-LOSSES: dict[str, Callable[[nn.Module, Any], Tensor] | None] = {
-    "dlrm": None,
-    "dcn": None,
-    "deepfm": lambda model, batch: F.binary_cross_entropy(
-        model(batch.dense_features, batch.sparse_features).squeeze(1), batch.labels
-    ),
-    "two_tower": lambda model, batch: F.binary_cross_entropy_with_logits(model(batch), batch.labels),
-}
-
-
-def _batch(first: int = 0, last: int = COUNT) -> Batch:
-    random = torch.Generator().manual_seed(2)
-    lengths = torch.randint(0, 4, (len(FEATURES), COUNT), generator=random)
-    bags = [
-        [torch.randint(0, rows, (int(n),), generator=random) for n in own]
-        for rows, own in zip(FEATURES.values(), lengths, strict=True)
-    ]
-    features = KeyedJaggedTensor(
-        keys=list(FEATURES),
-        values=torch.cat([ids for own in bags for ids in own[first:last]]),
-        lengths=lengths[:, first:last].flatten().int(),
-    )
-    dense = torch.randn(COUNT, DENSE, generator=random)[first:last]
-    labels = (torch.rand(COUNT, generator=random) > 0.5).float()[first:last]
-    return Batch(dense_features=dense, sparse_features=features, labels=labels)
 
 
 class Alphas(nn.Module):
@@ -170,26 +103,21 @@ def _assert_close(found: dict[str, Scores], expected: dict[str, Scores]) -> None
             assert error < 1e-5, f"{criterion} of {table}: off by {error}"
 
 
-def _weights(name: str) -> Scores:
-    torch.manual_seed(4)
-    return {n: value.detach().clone() for n, value in _build(name).state_dict().items()}
-
-
 def _scores_on_rank(rank: int, world_size: int, name: str) -> dict[str, Scores]:
-    model = shard(_build(name, "meta"), TYPES)
-    load(model, _weights(name))
-    batches = [_batch(*CUTS[rank])]
+    model = shard(build(name, "meta"), TYPES)
+    load(model, weights_of(name))
+    batches = [make_batch(*CUTS[rank])]
     return {c: dict(sr.score_dimensions(model, batches, c, loss_fn=LOSSES[name])) for c in ("snip", "ggn")}
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_models_of_torchrec(name: str) -> None:
-    plain = _build(name)
-    plain.load_state_dict(_weights(name))
+    plain = build(name)
+    plain.load_state_dict(weights_of(name))
     copy, alpha = _with_alphas(plain)
-    batch = _batch()
+    batch = make_batch()
     batch.dense_features = batch.dense_features.double()
-    expected = _expected(_logits(name, copy, batch), batch.labels, alpha)
+    expected = _expected(logits_of(name, copy, batch), batch.labels, alpha)
     for found in run_ranks(2, _scores_on_rank, name):
         _assert_close(found, expected)
 
@@ -270,7 +198,7 @@ class TwoTasks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tables = _tables(list(TABLES), "cpu")
+        self.tables = make_tables(list(TABLES), "cpu")
         self.shared = nn.Sequential(nn.Linear(4 * D, 8), nn.Tanh())
         self.click, self.bought = nn.Linear(8, 1), nn.Linear(8, 3)
 
@@ -282,7 +210,7 @@ class TwoTasks(nn.Module):
 
 def test_models_of_several_tasks_are_scored_by_their_loss_fn() -> None:
     torch.manual_seed(5)
-    model, batch = TwoTasks(), _batch()
+    model, batch = TwoTasks(), make_batch()
     classes, importance = (torch.arange(COUNT) * 7) % 3, torch.tensor([1.0, 2.0, 0.5])
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
