@@ -140,7 +140,7 @@ class Pipeline:
         search = self.config.search
         model = self.pretrained()
         begun = time.monotonic()
-        scores = self._score(model)
+        scores = self.score(model)
         scores.search |= {"seed": self.config.seed, "split": search.split}
         plan = search.allocate(scores, search.budget)
         seconds = time.monotonic() - begun
@@ -163,7 +163,8 @@ class Pipeline:
         }
         return self._finish("search", metrics)
 
-    def _score(self, model: DistributedModelParallel) -> DimensionScores:
+    def score(self, model: DistributedModelParallel) -> DimensionScores:
+        """Scores of the full model by the `search` section."""
         search = self.config.search
         return score_dimensions(
             model,
@@ -179,7 +180,7 @@ class Pipeline:
         """Compares the search's scores with exact leave-one-out on validation batches; leaves `search/audit.json`."""
         self.run.require("audit", "search")
         model = self.pretrained()
-        scores = self._score(model)  # as the search had them, in the basis that it cut
+        scores = self.score(model)  # as the search had them, in the basis that it cut
         audit = audit_dimensions(
             model,
             self.loader("validation"),

@@ -26,12 +26,7 @@ def _gradient(sample: Sample, _: Tensor) -> Tensor:
 GRADIENT = Moment("loss", _gradient)
 
 
-def _weighted(values: Tensor, h: Tensor) -> Tensor:
-    """Values times the rows' curvatures, in place."""
-    return values.mul_(h.to(values.dtype))
-
-
-CURVATURE = Moment("logit", lambda sample, h: sum_rows(_weighted(sample.contribution().square_(), h)))
+CURVATURE = Moment("logit", lambda sample, h: sum_rows(sample.contribution().square_(), h))
 OUTPUT = Moment("output", lambda sample, _: sum_rows(sample.output()))
 VECTORS = Moment("output", lambda sample, _: torch.tensor(sample.vectors, dtype=torch.float64), axes=0)
 
@@ -149,8 +144,8 @@ class MeanReplace(Criterion):
     name = "mean_replace"
     moments = (
         CURVATURE,
-        Moment("logit", lambda sample, h: sum_rows(_weighted(sample.contribution(), h).mul_(sample.gradient()))),
-        Moment("logit", lambda sample, h: sum_rows(_weighted(sample.gradient().square(), h))),
+        Moment("logit", lambda sample, h: sum_rows(sample.contribution().mul_(sample.gradient()), h)),
+        Moment("logit", lambda sample, h: sum_rows(sample.gradient().square(), h)),
         OUTPUT,
         VECTORS,
     )
@@ -220,7 +215,7 @@ def _pairs(sample: Sample, _: Tensor) -> Tensor:
 
 
 def _massed(sample: Sample, _: Tensor) -> Tensor:
-    parts = [sum_rows(exact(one.output) * one.mass()[:, None].to(one.output)) for one in sample.lookups]
+    parts = [sum_rows(exact(one.output), one.mass()[:, None]) for one in sample.lookups]
     return torch.stack(parts).sum(dim=0)
 
 

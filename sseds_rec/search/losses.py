@@ -90,6 +90,7 @@ class RecordedLosses:
     calls: list[Call] = field(default_factory=list)
     others: set[str] = field(default_factory=set)
 
+    @torch.enable_grad()
     def targets(self, rows: int, loss: Tensor | None = None) -> list[Target]:
         """What to differentiate for the curvature of `rows` times the loss, which is a mean over rows.
 
@@ -121,23 +122,18 @@ class RecordedLosses:
 
 def _elementwise(call: Call, weight: Tensor, rows: int) -> list[Target]:
     """One target per prediction of a row [B, K], curved as the loss function's second derivative says."""
-    z = call.prediction
     logits = _by_row(call, rows)
-    point = z.detach().double()
+    point = call.prediction.detach().double()
     changed = {}
     if call.function is F.binary_cross_entropy:
         # In a probability the second derivative depends on the label; its expectation 1/(p(1-p)), with which (∂p/∂z)² gives
         # the p(1-p) of the logit, is the one at label p.
         point = point.clamp(1e-12, 1 - 1e-12)
-        changed["target"] = point.detach()
+        changed["target"] = point.clone()
     point.requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(call.replay(point, weight, **changed), point, create_graph=True)
-        curvature = torch.zeros_like(point)
-        if slope.requires_grad:
-            (curvature,) = torch.autograd.grad(slope.sum(), point, allow_unused=True, materialize_grads=True)
-    by_row = curvature.reshape(logits.shape)
-    return [Target(logits[:, k].sum(), by_row[:, k : k + 1]) for k in range(logits.shape[1])]
+    slope = _gradient(call.replay(point, weight, **changed), point)
+    curvature = _gradient(slope.sum(), point).detach().reshape(logits.shape)
+    return [Target(logits[:, k].sum(), curvature[:, k : k + 1]) for k in range(logits.shape[1])]
 
 
 def _coupled(call: Call, weight: Tensor, rows: int) -> list[Target]:
@@ -154,23 +150,21 @@ def _coupled(call: Call, weight: Tensor, rows: int) -> list[Target]:
         )
     log_p = F.log_softmax(logits, dim=1) if call.function is F.cross_entropy else logits
     p = log_p.detach().double().exp()
-    # The gradient in the scores is s p - (a constant of the labels): s is its change between two points by that of p.
-    even = p.new_full((rows, classes), 1 / classes).log()
-    tilted = even.clone()
-    tilted[:, 0] = torch.log(p.new_tensor(3.0 * (classes - 1) / classes))
+    even = torch.zeros_like(p).requires_grad_()
+    slope = _gradient(call.replay(even, weight), even)
     if call.function is F.nll_loss:  # there the gradient in log p is -s at the label
-        s = -_slope(call, even, weight).sum(dim=1, keepdim=True)
-    else:
-        change = _slope(call, tilted, weight)[:, :1] - _slope(call, even, weight)[:, :1]
-        s = change / (0.75 - 1 / classes)
-    return [Target(log_p[:, c].sum(), s * p[:, c : c + 1]) for c in range(classes)]
+        s = -slope.sum(dim=1, keepdim=True)
+    else:  # s p_0 (1 - p_0) is the second derivative in the first score, and p is 1/C here
+        s = _gradient(slope[:, 0].sum(), even)[:, :1] * classes**2 / (classes - 1)
+    return [Target(log_p[:, c].sum(), s.detach() * p[:, c : c + 1]) for c in range(classes)]
 
 
-def _slope(call: Call, point: Tensor, weight: Tensor) -> Tensor:
-    point = point.detach().requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(call.replay(point, weight), point)
-    return slope
+def _gradient(of: Tensor, point: Tensor) -> Tensor:
+    """In a point, with its own graph."""
+    if not of.requires_grad:
+        return torch.zeros_like(point)
+    (found,) = torch.autograd.grad(of, point, create_graph=True, allow_unused=True, materialize_grads=True)
+    return found
 
 
 def _by_row(call: Call, rows: int) -> Tensor:

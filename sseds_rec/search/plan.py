@@ -109,7 +109,9 @@ class DimensionPlan(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "plan"
-            raise UserError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}; search again or restore the file") from None
+            raise UserError(
+                f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}; search again or restore the file"
+            ) from None
 
     def save(self, path: str | Path) -> None:
         """Writes the plan atomically, as JSON; rotations go to `<name>.rotations.npz` beside it, before it."""

@@ -80,7 +80,7 @@ class Sample:
 
 
 #: Rows that are added up in the precision of their values, before the sums are in float64.
-_BLOCK = 64
+_BLOCK = 256
 
 
 def exact(values: Tensor) -> Tensor:
@@ -88,19 +88,22 @@ def exact(values: Tensor) -> Tensor:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def sum_rows(values: Tensor) -> Tensor:
-    """Σ_b v_b of [B, D] -> float64 [D].
+def sum_rows(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Σ_b w_b v_b of [B, D] and [B, 1], or ones -> float64 [D].
 
-    A float32 sum of few values rounds as little as the values themselves; all in float64 it would take twice the time.
+    Products round as their values do, and a sum of few of them little more; all in float64 it would take twice the time.
     """
-    whole = len(values) // _BLOCK * _BLOCK
-    blocks = values[:whole].unflatten(0, (-1, _BLOCK)).sum(dim=1)
-    return blocks.double().sum(dim=0) + values[whole:].double().sum(dim=0)
+    ones = values.new_ones(len(values), 1) if weights is None else weights.to(values.dtype)
+    return sum_products(ones, values)[0]
 
 
 def sum_products(left: Tensor, right: Tensor) -> Tensor:
-    """Σ_b l_b r_bᵀ of [B, D] and [B, D] -> float64 [D, D], as `sum_rows`."""
+    """Σ_b l_b r_bᵀ of [B, K] and [B, D] -> float64 [K, D], as `sum_rows`."""
     whole = len(left) // _BLOCK * _BLOCK
-    blocks = [side[:whole].unflatten(0, (-1, _BLOCK)) for side in (left, right)]
-    rest = left[whole:].double().T @ right[whole:].double()
-    return torch.bmm(blocks[0].transpose(1, 2), blocks[1]).double().sum(dim=0) + rest
+    total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    if whole:
+        blocks = [side[:whole].unflatten(0, (-1, _BLOCK)) for side in (left, right)]
+        total += torch.bmm(blocks[0].transpose(1, 2), blocks[1]).sum(dim=0, dtype=torch.float64)
+    if whole < len(left):
+        total += left[whole:].double().T @ right[whole:].double()
+    return total

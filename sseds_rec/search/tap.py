@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.types import LazyAwaitable
+from torchrec.distributed.types import LazyAwaitable, LazyNoWait
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
@@ -74,17 +74,18 @@ class _Tap:
         }
 
     def hook(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Forward hook: replaces the output by one with the same keys and values, cut off from the tables.
+        """Forward hook: replaces the output by one of the same kind, keys and values, cut off from the tables.
 
         Managed collision collections return (output, remapped ids).
         """
         if isinstance(output, tuple):
             return (self.hook(module, args, kwargs, output[0]), *output[1:])
-        found = output.wait() if isinstance(output, LazyAwaitable) else output
+        is_lazy = isinstance(output, LazyAwaitable)
+        found = output.wait() if is_lazy else output
         call = _Call(args[0] if args else next(iter(kwargs.values())))
         seen = self._pooled(call, found) if isinstance(found, KeyedTensor) else self._sequences(call, found)
         self.calls.append(call)
-        return seen
+        return LazyNoWait(seen) if is_lazy else seen
 
     def _pooled(self, call: _Call, found: KeyedTensor) -> KeyedTensor:
         values = found.values().detach()

@@ -196,3 +196,28 @@ def test_autocast_keeps_no_casts_without_gradients() -> None:
         gradients.append([p.grad.clone() for p in model.over.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) == len(list(model.over.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def _ddp_on_rank(rank: int, world_size: int, score: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Weights after two steps, and scores before the first."""
+    torch.manual_seed(8)
+    model = nn.parallel.DistributedDataParallel(Noisy("cpu"), static_graph=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batch, scores = make_batch(10 * rank, 10 * rank + 10 + rank), {}
+    for _ in range(2):
+        scores = scores or (dict(sr.score_dimensions(model, [batch], "ggn")) if score else {})
+        optimizer.zero_grad()
+        model(batch)[0].backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()], scores
+
+
+def test_ddp_without_sharding() -> None:
+    torch.manual_seed(8)
+    expected = sr.score_dimensions(Noisy("cpu"), [make_batch(0, 21)], "ggn")
+    alone, scored = run_ranks(2, _ddp_on_rank, False), run_ranks(2, _ddp_on_rank, True)
+    for (without, _), (weights, scores) in zip(alone, scored, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(without, weights, strict=True))
+        assert scores.keys() == expected.keys()
+        for table, values in expected.items():
+            torch.testing.assert_close(scores[table], values, rtol=1e-5, atol=1e-8)

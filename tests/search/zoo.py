@@ -17,7 +17,7 @@ from torchrec import (
     KeyedJaggedTensor,
     KeyedTensor,
 )
-from torchrec.distributed.types import LazyAwaitable
+from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.feature_processor_ import PositionWeightedModule
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
@@ -53,16 +53,18 @@ class Case:
         pooling: of an ebc.
         weighted: an ebc whose ids have weights.
         repeats: rows with the same ids are looked up once ("variable batch size per feature").
+        twice: the ebc is called twice.
     """
 
     kind: str = "ebc"
     pooling: str = "SUM"
     weighted: bool = False
     repeats: bool = False
+    twice: bool = False
 
     def __str__(self) -> str:
         names = [self.kind, *([self.pooling] if self.pooling != "SUM" else [])]
-        return "-".join(names + [name for name in ("weighted", "repeats") if getattr(self, name)])
+        return "-".join(names + [name for name in ("weighted", "repeats", "twice") if getattr(self, name)])
 
 
 class Click(nn.Module):
@@ -76,14 +78,22 @@ class Click(nn.Module):
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         features, labels = batch
         found = self.look_up(features)
-        found = found[0] if isinstance(found, tuple) else found
-        found = found.wait() if isinstance(found, LazyAwaitable) else found
         columns = [_column(found, key) for key in KEYS]
         logits = self.over(torch.cat(columns, dim=1)).squeeze(1)
         return F.binary_cross_entropy_with_logits(logits, labels), logits.detach()
 
     def look_up(self, features: KeyedJaggedTensor) -> Any:
-        return self.embedding(features)
+        found = self.embedding(features)
+        found = found[0] if isinstance(found, tuple) else found
+        return found.wait() if isinstance(self.embedding, ShardedModule) else found
+
+
+class Twice(Click):
+    """Multiplies what two calls of the same module give."""
+
+    def look_up(self, features: KeyedJaggedTensor) -> Any:
+        first, second = super().look_up(features), super().look_up(features)
+        return KeyedTensor(first.keys(), first.length_per_key(), first.values() * second.values())
 
 
 def _column(found: Any, key: str) -> Tensor:
@@ -113,7 +123,7 @@ def build(case: Case, device: str = "cpu") -> Click:
     if case.kind == "fp":
         positions = {feature: PositionWeightedModule(max_feature_length=4, device=where) for feature in FEATURES}
         return Click(FeatureProcessedEmbeddingBagCollection(pooled, positions))
-    return Click(pooled)
+    return Twice(pooled) if case.twice else Click(pooled)
 
 
 def _maps(configs: Any, device: torch.device) -> ManagedCollisionCollection:
@@ -226,10 +236,11 @@ def explicit(case: Case, first: int = 0, last: int = ROWS, added: float = 0) -> 
             if case.pooling == "MEAN":
                 scale = scale / (max(len(own), 1) + added)
             vectors = tables[table][own] * scale[:, None]
-            outputs[table][b] += vectors.sum(dim=0)
-            masses[table][b] += scale.sum()
+            outputs[table][b] += vectors.sum(dim=0) * (1 + case.twice)
+            masses[table][b] += scale.sum() * (1 + case.twice)
             seen = vectors * alpha[table][b]
-            column.append(torch.tanh(seen).sum(dim=0) if case.kind in ("ec", "mcec") else seen.sum(dim=0))
+            seen = torch.tanh(seen).sum(dim=0) if case.kind in ("ec", "mcec") else seen.sum(dim=0)
+            column.append(seen**2 if case.twice else seen)
         columns.append(torch.stack(column))
     hidden = torch.tanh(torch.cat(columns, dim=1) @ weights["over.0.weight"].T + weights["over.0.bias"])
     z = (hidden @ weights["over.3.weight"].T + weights["over.3.bias"]).squeeze(1)
