@@ -4,8 +4,8 @@ Example::
 
     import sseds_rec as sr
 
-    scores = sr.score_dimensions(model, batches, criterion="ggn", num_batches=32)
-    plan = sr.allocate(scores, sr.Budget(parameters=0.1))
+    scores = sr.score_dimensions(model, batches, criterion="ggn_rotated", num_batches=4)
+    plan = sr.allocate(scores, sr.Budget(parameters=0.1), order="knapsack")
     slim = sr.slim(model, plan)
 """
 
@@ -21,22 +21,41 @@ _fbgemm.check_builds()
 if TYPE_CHECKING:
     from sseds_rec.errors import UserError
     from sseds_rec.search.allocate import allocate
+    from sseds_rec.search.audit import audit_dimensions
     from sseds_rec.search.budget import Budget
     from sseds_rec.search.plan import DimensionPlan
+    from sseds_rec.search.rules import TableRule
     from sseds_rec.search.saliency import score_dimensions
+    from sseds_rec.search.stability import expected_overlap, standard_errors
     from sseds_rec.slim.checkpoint import slim_checkpoint
     from sseds_rec.slim.surgery import slim
 
-__all__ = ["Budget", "DimensionPlan", "UserError", "allocate", "score_dimensions", "slim", "slim_checkpoint"]
+__all__ = [
+    "Budget",
+    "DimensionPlan",
+    "TableRule",
+    "UserError",
+    "allocate",
+    "audit_dimensions",
+    "expected_overlap",
+    "score_dimensions",
+    "slim",
+    "slim_checkpoint",
+    "standard_errors",
+]
 
 _HOMES = {
     "Budget": "search.budget",
     "DimensionPlan": "search.plan",
+    "TableRule": "search.rules",
     "UserError": "errors",
     "allocate": "search.allocate",
+    "audit_dimensions": "search.audit",
+    "expected_overlap": "search.stability",
     "score_dimensions": "search.saliency",
     "slim": "slim.surgery",
     "slim_checkpoint": "slim.checkpoint",
+    "standard_errors": "search.stability",
 }
 
 

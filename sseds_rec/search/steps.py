@@ -44,7 +44,7 @@ def mean_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     loss = result if isinstance(result, Tensor) else result[0]
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise UserError(
-            "the model must return its mean loss (a scalar), or a tuple that begins with it; give loss_fn otherwise"
+            "in eval mode the model must return its mean loss (a scalar), or a tuple that begins with it; give loss_fn otherwise"
         )
     return loss
 

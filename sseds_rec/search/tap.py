@@ -42,6 +42,12 @@ class _Call:
     leaves: list[Tensor] = field(default_factory=list)
     columns: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # key -> leaf, first column, width
 
+    def add_leaf(self, values: Tensor) -> Tensor:
+        """What the model sees of a new leaf: a copy, since a leaf can't be changed in place, as embeddings can."""
+        self.leaves.append(values.requires_grad_())
+        with torch.enable_grad():  # the model may look up without
+            return values.clone()
+
     def rows(self) -> set[int]:
         return {one.shape[0] for one in (self.lengths or self.outputs).values()}
 
@@ -95,13 +101,12 @@ class _Tap:
             call.outputs[key] = values.narrow(1, start, width)
             start += width
         edited = [key for key in call.columns if self._edit(key)]
-        # Without edits it shares the memory of `outputs`, which themselves must not become part of the graph.
+        # Without edits it shares the memory of `outputs`, which themselves don't become part of the graph.
         leaf = values.clone() if edited else values.detach()
         for key in edited:
             _, start, width = call.columns[key]
             leaf.narrow(1, start, width).copy_(self._edited(call, key))
-        call.leaves.append(leaf.requires_grad_())
-        return KeyedTensor(found.keys(), found.length_per_key(), leaf)
+        return KeyedTensor(found.keys(), found.length_per_key(), call.add_leaf(leaf))
 
     def _sequences(self, call: _Call, found: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
         seen = {}
@@ -110,8 +115,9 @@ class _Tap:
             call.outputs[key], call.lengths[key] = values, jagged.lengths()
             call.columns[key] = (index, 0, values.shape[1])
             leaf = self._edited(call, key).to(values.dtype) if self._edit(key) else values.detach()
-            call.leaves.append(leaf.requires_grad_())
-            seen[key] = JaggedTensor(leaf, jagged.weights_or_none(), jagged.lengths(), jagged.offsets_or_none())
+            seen[key] = JaggedTensor(
+                call.add_leaf(leaf), jagged.weights_or_none(), jagged.lengths(), jagged.offsets_or_none()
+            )
         return seen
 
     def _edit(self, key: str) -> Edit | None:

@@ -120,3 +120,19 @@ def test_no_curve_and_no_positive_score_still_draw() -> None:
     assert texts(figures.learning_curves({"base": []}, {"base": []}))
     for draw in (figures.saliency_rank, figures.saliency_histogram):
         assert texts(draw(np.zeros(4), np.array([True, False, False, True])))
+
+
+def test_rank_plot_draws_an_interval_behind_each_point() -> None:
+    scores, kept = np.array([0.5, 0.3, 0.2]), np.array([True, True, True])
+    svg = figures.saliency_rank(scores, kept, errors=np.array([0.05, 0.01, 0.3]))
+    points = markers(svg, "slim")[:3]  # the legend adds one
+    points = points[np.argsort(points[:, 0])]
+    lines = [
+        np.array(re.findall(r"[ML] (\S+) (\S+)", path.get("d", "")), dtype=float)
+        for path in elements(svg, "path", "stroke: var(--track")
+    ]
+    spans = [line for line in lines if len(line) == 2 and abs(np.ptp(line[:, 0])) < 1e-6]
+    per_e = (points[1, 1] - points[0, 1]) / np.log(0.5 / 0.3)  # points of height for a factor e
+    lengths = sorted(np.ptp(line[:, 1]) / per_e for line in spans)
+    expected = [np.log((s + 1.96 * e) / max(s - 1.96 * e, 0.1)) for s, e in [(0.3, 0.01), (0.5, 0.05), (0.2, 0.3)]]
+    assert lengths == pytest.approx(expected, abs=2e-2)

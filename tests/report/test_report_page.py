@@ -280,3 +280,29 @@ def test_a_second_report_replaces_the_first(make_run: MakeRun) -> None:
     edit(run / "metrics.json", lambda metrics: metrics["retrain"].update(auc=0.9))
     assert "→ 0.9000" in write_report(run).read_text()
     assert [path.name for path in (run / "report").iterdir()] == ["index.html"]
+
+
+def test_errors_overlap_and_audit_are_told(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    plain = write_report(run).read_text()
+    assert "standard errors" not in plain and "Left out one at a time" not in plain
+
+    with np.load(run / "search/saliency.npz") as saliency:
+        np.savez(run / "search/saliency_errors.npz", **{name: 0.1 * own for name, own in saliency.items()})
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["search"]["expected_overlap"] = 0.42
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    audit = {"rank_correlation": 0.871, "regret": 0.031, "columns": [{}] * 64}
+    (run / "search/audit.json").write_text(json.dumps(audit))
+    page = write_report(run).read_text()
+    assert "±1.96 standard errors" in page
+    assert "Had the batches been others, 42\N{NO-BREAK SPACE}% of the kept dims would be the same; more batches" in page
+    assert "64 dims ranked by what the loss then was agree with the scores by a rank correlation of 0.87" in page
+    assert "avoids 96.9\N{NO-BREAK SPACE}% of the loss" in page
+
+    metrics["search"]["expected_overlap"] = 0.97
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "more batches are needed" not in write_report(run).read_text()
+    np.savez(run / "search/saliency_errors.npz", tailnum=np.zeros(3))
+    with pytest.raises(UserError, match=r"saliency_errors.npz: table 'tailnum' has errors \[3\]"):
+        write_report(run)

@@ -53,14 +53,15 @@ def test_plain_modules(case: Case) -> None:
     assert_equal(_measured(case, plain_model(case), make_batch(case)), explicit(case))
 
 
-def _counted(model: nn.Module) -> list[Any]:
+def _counted(model: nn.Module) -> list[str]:
     """Everything that the maps from raw ids to rows remember."""
-    found: list[Any] = []
+    found = []
     for module in model.modules():
         if isinstance(module, MCHManagedCollisionModule):
             state = vars(module) | module._buffers | module._history_metadata
-            found += [v.tolist() if isinstance(v, torch.Tensor) else v for v in state.values()]
-    return [value for value in found if isinstance(value, (list, int))]
+            found += [str(v.tolist()) for v in state.values() if isinstance(v, torch.Tensor)]
+            found += [str(v) for v in state.values() if isinstance(v, int)]
+    return found
 
 
 def _measured(case: Case, model: nn.Module, batch: Any) -> Found:
@@ -148,14 +149,16 @@ def test_sharded_on_one_rank(case: Case) -> None:
     _compare(1, case, MIXED)
 
 
-class _Frozen(Click):
+class _Odd(Click):
     def look_up(self, features: KeyedJaggedTensor) -> Any:
         with torch.no_grad():
-            return self.embedding(features=features)
+            found = self.embedding(features=features)
+        found.values().mul_(2).div_(2)
+        return found
 
 
-def test_a_lookup_by_keyword_and_without_gradients_is_scored() -> None:
-    model = _Frozen(plain_model(Case()).embedding)
+def test_lookups_by_keyword_and_without_gradients_and_changes_in_place() -> None:
+    model = _Odd(plain_model(Case()).embedding)
     model.load_state_dict(plain_model(Case()).state_dict())
     assert_equal(measure(model, make_batch(Case()), mass=True), explicit(Case()))
 

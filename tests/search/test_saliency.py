@@ -97,6 +97,35 @@ def test_two_ranks_with_uneven_batches_equal_explicit_alpha(sharding_type: str, 
         _assert_scores(scores, criterion)
 
 
+def _all_reduced_on_rank(rank: int, world_size: int, criterion: str) -> list[tuple[str, int]]:
+    model = _sharded("row_wise", world_size, torchrec.optim.RowWiseAdagrad)
+    rows = make_rows(ROWS, seed=5)
+    batches = [make_batch(rows, *cut) for cut in CUTS[world_size][rank]]
+    batches += [make_batch(rows, 0, 30)] * rank  # the last rank has one more, which nobody waits for
+    found: list[tuple[str, int]] = []
+    original = dist.all_reduce
+
+    def recorded(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append((str(tensor.dtype), tensor.numel()))
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = recorded
+    try:
+        scores = sr.score_dimensions(model, batches, criterion)
+    finally:
+        dist.all_reduce = original
+    assert scores.search["batches"] == 2
+    return found
+
+
+@pytest.mark.parametrize(("criterion", "numbers"), [("snip", 32), ("ggn", 32), ("ggn_rotated", 2 * 384 + 32 + 2 * 3)])
+def test_one_small_all_reduce_a_batch_is_the_only_communication(criterion: str, numbers: int) -> None:
+    """Σd = 8 + 16 + 8 and Σd² = 384 of three tables; two more are the rows and the loss."""
+    flag, moments = ("torch.int64", 1), ("torch.float64", numbers + 2)
+    for found in run_ranks(2, _all_reduced_on_rank, criterion):
+        assert found == [flag, moments, flag, moments, flag]
+
+
 def _training_state(model: DistributedModelParallel, dense: torch.optim.Optimizer) -> list[Tensor]:
     state = [value for _, value in sorted(model.state_dict().items())]
     fused = model.fused_optimizer.state_dict()["state"]
@@ -193,7 +222,7 @@ def test_what_cannot_be_scored_is_refused_by_name() -> None:
                 m.over(torch.cat([m.ebc(b[0])[f] for f in ("f0", "f1", "f2", "f3")], 1))
             ).mean(),
         )
-    with pytest.raises(sr.UserError, match="must return its mean loss"):
+    with pytest.raises(sr.UserError, match="in eval mode the model must return its mean loss"):
         sr.score_dimensions(model, [batch], loss_fn=lambda m, b: m.ebc(b[0]).values())
     with torch.no_grad():
         model.over[0].weight.fill_(float("nan"))
