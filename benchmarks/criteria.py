@@ -1,9 +1,8 @@
 """Every criterion on a trained model: `python benchmarks/criteria.py CONFIG --run-dir RUN [KEY=VALUE ...]`.
 
-The run must be pretrained (`sseds train CONFIG --run-dir RUN`). For each criterion and number of batches of the validation split it
-prints what the plan is worth before any retraining (test AUC with the dropped columns masked), how many columns two plans from
-different draws have in common, and how many fields are dropped; on synthetic sets also how the widths compare with the planted
-ranks.
+The run must be pretrained (`sseds train CONFIG --run-dir RUN`). For each criterion and number of batches of the validation split
+it prints what the plan is worth before any retraining (test AUC with the dropped columns masked), what two plans from different
+draws have in common, and how many fields are dropped; on synthetic sets also how the widths compare with the planted ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 0], help="0: all of the validation split")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 32, 0], help="0: all of the validation split")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     with runtime("cpu") as place:
@@ -57,7 +56,7 @@ def row(pipeline: Pipeline, model: DistributedModelParallel, name: str, number: 
     plans = []
     expected = float("nan")
     for draw in range(2):
-        loader = pipeline.loader("validation", shuffle=True)
+        loader = pipeline.scoring_batches()
         loader.set_epoch(draw)
         scores = score_dimensions(
             model,
@@ -71,18 +70,30 @@ def row(pipeline: Pipeline, model: DistributedModelParallel, name: str, number: 
         plans.append(search.allocate(scores, search.budget))
         if not draw:
             expected = expected_overlap(scores, lambda drawn: search.allocate(drawn, search.budget))
-    plan, other = plans
-    a, b = ({(t, c) for t, own in p.tables.items() for c in own.kept} for p in plans)
+    plan = plans[0]
     widths = plan.dims()
     cells = [
         name,
         str(number or "all"),
         f"{masked_auc(pipeline, model, plan):.4f}",
-        f"{2 * len(a & b) / (len(a) + len(b)):.2f}" if number else "",
+        f"{overlap(*plans):.2f}" if number else "",
         f"{expected:.2f}",
         str(sum(not width for width in widths.values())),
     ]
     return cells + (planted(widths, truth) if truth else [])
+
+
+def overlap(a: DimensionPlan, b: DimensionPlan) -> float:
+    """What two plans have in common, as a share of their mean number of columns: columns, or, where tables are rotated, cos² of
+    the angles between the subspaces that they keep."""
+    common = 0.0
+    for name, own in a.tables.items():
+        if name in a.rotations and name in b.rotations:
+            bases = [torch.linalg.qr(plan.rotations[name].forward).Q for plan in (a, b)]
+            common += float((bases[0].T @ bases[1]).square().sum())
+        else:
+            common += len({*own.kept} & {*b.tables[name].kept})
+    return 2 * common / (sum(a.dims().values()) + sum(b.dims().values()))
 
 
 def masked_auc(pipeline: Pipeline, model: DistributedModelParallel, plan: DimensionPlan | None) -> float:
@@ -100,13 +111,15 @@ def masked_auc(pipeline: Pipeline, model: DistributedModelParallel, plan: Dimens
 
 
 def planted(widths: dict[str, int], truth: Truth) -> list[str]:
-    """Columns of noise, planted fields without any, Spearman's correlation of widths and ranks; a pair of duplicates is one field."""
+    """Columns of noise, planted fields without any, Spearman's correlation of widths and ranks; duplicates are one field."""
     twins = {one.duplicate_of: one.name for one in truth.fields if one.duplicate_of}
     originals = [one for one in truth.fields if not one.duplicate_of]
     own = {one.name: widths[one.name] + widths.get(twins.get(one.name, ""), 0) for one in originals}
     noise = sum(own[one.name] for one in originals if not one.rank)
     dropped = [one.name for one in originals if one.rank and not own[one.name]]
-    both = torch.stack([torch.tensor([float(own[o.name]) for o in originals]), torch.tensor([float(o.rank) for o in originals])])
+    both = torch.stack(
+        [torch.tensor([float(own[o.name]) for o in originals]), torch.tensor([float(o.rank) for o in originals])]
+    )
     correlation = torch.corrcoef(torch.stack([average_ranks(values) for values in both]))[0, 1]
     return [str(noise), ", ".join(dropped) or "none", f"{float(correlation):.2f}"]
 

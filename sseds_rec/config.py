@@ -34,8 +34,8 @@ class SearchConfig(_Section):
     Attributes:
         criterion: one of `sseds_rec.search.criteria`; "snip" is the paper's. Null for "ggn_rotated", or "ggn" where tables
             cannot be rotated: of models that multiply raw columns, and of fields of raw ids.
-        num_batches: batches of `train.batch_size` rows to score with, at most; "auto" for as many as the plan needs. Null for as
-            many as hold 4,096 rows, two at least.
+        batch_size: rows of a batch to score, of all ranks together; null for `train.batch_size`.
+        num_batches: batches to score with, at most; "auto" for as many as the plan needs. Their scores tell what others would.
         rounds: scorings, each with the columns masked that the one before would drop, on the way to the budget.
         split: where batches come from; held-out rows by default.
         budget: what may stay.
@@ -43,7 +43,8 @@ class SearchConfig(_Section):
     """
 
     criterion: str | None = None
-    num_batches: int | Literal["auto"] | None = None
+    batch_size: int | None = Field(512, ge=1)
+    num_batches: int | Literal["auto"] = 4
     rounds: int = Field(1, ge=1)
     split: Literal["train", "validation"] = "validation"
     budget: Budget = Budget(parameters=0.1)
@@ -63,7 +64,7 @@ class SearchConfig(_Section):
 
     @field_validator("num_batches")
     @classmethod
-    def _positive(cls, value: int | str | None) -> int | str | None:
+    def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
             raise ValueError("it is a number from 1 on, or auto")
         return value
@@ -78,6 +79,7 @@ class SearchConfig(_Section):
 PAPER: dict[str, dict[str, Any]] = {
     "search": {
         "criterion": "snip",
+        "batch_size": None,
         "num_batches": 1,
         "rounds": 1,
         "split": "train",

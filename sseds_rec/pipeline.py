@@ -50,9 +50,6 @@ from sseds_rec.training.trainer import Loaders, Trainer
 
 _TABLE = ".embedding_bags."
 
-#: Rows that a search looks at by default: on flights, census and planted data more change nothing (benchmarks/search.md).
-_SCORED_ROWS = 4096
-
 
 class Pipeline:
     """The stages of one experiment; call them in order, or one alone when those before it are done.
@@ -72,10 +69,11 @@ class Pipeline:
         self.dataset = runtime.from_main(lambda: open_dataset(config.data))
         self.schema = self.dataset.schema
         self.placement = placement_for(config.train.table_optimizer, config.sharding.type, runtime.device)
-        if config.train.batch_size % runtime.world_size:
-            raise UserError(
-                f"train.batch_size={config.train.batch_size} does not divide by {runtime.world_size} ranks; choose a multiple"
-            )
+        for key, size in (("train", config.train.batch_size), ("search", config.search.batch_size or 0)):
+            if size % runtime.world_size:
+                raise UserError(
+                    f"{key}.batch_size={size} does not divide by {runtime.world_size} ranks; choose a multiple"
+                )
         self.batch_size = config.train.batch_size // runtime.world_size
         self._check_data()
 
@@ -168,9 +166,9 @@ class Pipeline:
         search = self.config.search
         return score_dimensions(
             model,
-            self.loader(search.split, shuffle=True),
+            self.scoring_batches(),
             criterion_named(self.criterion, self.config.seed),
-            search.num_batches or max(2, -(-_SCORED_ROWS // self.config.train.batch_size)),
+            search.num_batches,
             rounds=search.rounds,
             budget=search.budget,
             allocation=search.allocate,
@@ -292,12 +290,21 @@ class Pipeline:
         """Makes a stage independent of what ran before it in this process."""
         torch.manual_seed(self.config.seed)
 
-    def loader(self, split: SplitName, shuffle: bool = False, drop_last: bool = False) -> Loader:
+    def scoring_batches(self) -> Loader:
+        """This rank's batches for a search, of rows drawn anew for each epoch of the loader."""
+        rows = self.config.search.batch_size
+        return self.loader(
+            self.config.search.split, shuffle=True, batch_size=rows // self.runtime.world_size if rows else None
+        )
+
+    def loader(
+        self, split: SplitName, shuffle: bool = False, drop_last: bool = False, batch_size: int | None = None
+    ) -> Loader:
         """This rank's batches of a split."""
         return Loader(
             self.dataset,
             split,
-            self.batch_size,
+            batch_size or self.batch_size,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
             seed=self.config.seed,
