@@ -17,7 +17,15 @@ from sseds_rec import cli_prepare
 from sseds_rec.data.schema import SplitName
 from sseds_rec.errors import PREEMPTED_EXIT, Preempted, UserError
 from sseds_rec.files import read_json, register_stores
-from sseds_rec.output import console, print_audit, print_comparison, print_json, print_metrics, silence_libraries
+from sseds_rec.output import (
+    console,
+    print_audit,
+    print_comparison,
+    print_json,
+    print_metrics,
+    print_stability,
+    silence_libraries,
+)
 from sseds_rec.stages import STAGES, Stage
 
 if TYPE_CHECKING:
@@ -229,6 +237,8 @@ def _run_stages(
             getattr(pipeline, stage)()
             if main:
                 console.print(f"{stage}: wrote {pipeline.run.path(stage)}")
+            if main and stage == "search":
+                print_stability(read_json(pipeline.run.path(stage, "metrics.json")))
         if not main:
             return
         if not todo:

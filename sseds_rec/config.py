@@ -62,10 +62,10 @@ class SearchConfig(_Section):
             raise ValueError(f"no criterion named {value!r}; choose one of {', '.join(CRITERIA)}")
         return value
 
-    @field_validator("num_batches")
+    @field_validator("num_batches", mode="before")
     @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
+    def _positive(cls, value: Any) -> Any:
+        if value != "auto" and not (type(value) is int and value > 0):
             raise ValueError("it is a number from 1 on, or auto")
         return value
 

@@ -63,6 +63,18 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     )
 
 
+def print_stability(search: dict[str, Any]) -> None:
+    """How far other batches would have changed the plan, after a search."""
+    overlap, batches = search.get("expected_overlap"), search["batches"]
+    if overlap is None:
+        console.print(f"search: {batches} batch; two or more would tell how far others would change the plan")
+    else:
+        advice = (
+            "" if overlap >= 0.9 else "; more rows are needed: search.num_batches=auto, or a larger search.batch_size"
+        )
+        console.print(f"search: of {batches} batches; others would keep {overlap:.0%} of the same columns{advice}")
+
+
 def print_audit(audit: Audit, criterion: str) -> None:
     """What leaving out single columns showed, in a few lines."""
     regret = "undefined" if audit.regret is None else f"{audit.regret:.1%}"
@@ -70,7 +82,8 @@ def print_audit(audit: Audit, criterion: str) -> None:
         f"audit: {len(audit.columns)} columns left out one at a time, {audit.samples:,} rows, loss {audit.loss:.6f}\n"
         f"  rank correlation of {criterion} with the loss that a column's absence adds: {audit.rank_correlation:.3f} "
         f"(with its magnitude: {audit.rank_correlation_of_magnitude:.3f})\n"
-        f"  regret of the plan within the sample: {regret} of what the best {int(audit.kept.sum())} columns are worth"
+        f"  regret of the {int(audit.kept.sum())} highest scores: {regret} of what as many best columns are worth\n"
+        f"  {audit.significant} of the {len(audit.columns)} differ from no change by two standard errors; the rest is noise"
     )
 
 

@@ -181,9 +181,9 @@ class Pipeline:
         scores = self.score(model)  # as the search had them, in the basis that it cut
         audit = audit_dimensions(
             model,
-            self.loader("validation"),
+            self.loader("validation", shuffle=True),
             scores,
-            self.config.search.allocate(scores, self.config.search.budget),
+            DimensionPlan.load(self.run.path("search", "plan.json")),
             columns=columns,
             num_batches=num_batches,
             seed=self.config.seed,

@@ -33,7 +33,9 @@ def _search(sseds: Sseds, config: Path, run: Path, *overrides: str) -> tuple[sr.
 
 @pytest.mark.parametrize("criterion", list(CRITERIA))
 def test_every_criterion_makes_a_plan_within_the_budget(criterion: str, run: Path, config: Path, sseds: Sseds) -> None:
-    plan, metrics = _search(sseds, config, run, f"search.criterion={criterion}", "search.num_batches=2", "search.batch_size=256")
+    plan, metrics = _search(
+        sseds, config, run, f"search.criterion={criterion}", "search.num_batches=2", "search.batch_size=256"
+    )
     assert 0 < plan.reached["parameters"]["fraction"] <= 0.25
     assert plan.search["criterion"] == criterion and metrics["batches"] == 2
     assert bool(plan.rotations) == (criterion == "ggn_rotated")

@@ -102,7 +102,7 @@ def _summary(run: Run) -> list[str]:
     if run.audit:
         correlation, regret = (number(run.audit.get(key)) for key in ("rank_correlation", "regret"))
         lost = (
-            f", and the plan's choice among them avoids {percent(round(1 - regret, 3))} of the loss that the best would"
+            f", and the highest scores among them avoid {percent(round(1 - regret, 3))} of the loss that the best would"
         )
         sentences.append(
             f"Left out one at a time, {len(run.audit.get('columns', []))} dims ranked by what the loss then was agree with the "

@@ -55,12 +55,19 @@ class Audit:
 
     @property
     def regret(self) -> float | None:
-        """The share of damage avoided by the best columns of the sample, as many as the plan keeps of it, that the plan's own
-        choice does not avoid: 0 if it is the best. None if the plan keeps all of the sample or nothing."""
-        best = float(self.damage.sort(descending=True).values[: int(self.kept.sum())].sum())
-        if not 0 < int(self.kept.sum()) < len(self.kept) or best <= 0:
+        """The share of damage avoided by the best columns of the sample, as many as the plan keeps of it, that those with the
+        highest scores do not avoid: 0 if they are the best. What is best is read off the same rows, noise included. None if
+        the plan keeps all of the sample or nothing."""
+        count = int(self.kept.sum())
+        best = float(self.damage.topk(count).values.sum())
+        if not 0 < count < len(self.kept) or best <= 0:
             return None
-        return (best - float(self.damage[self.kept].sum())) / best
+        return (best - float(self.damage[self.scores.topk(count).indices].sum())) / best
+
+    @property
+    def significant(self) -> int:
+        """How many columns' damage is more than two of its standard errors away from zero."""
+        return int((self.damage.abs() > 2 * self.errors).sum())
 
     def _spearman(self, damage: Tensor) -> float:
         frame = pl.DataFrame({"score": self.scores.numpy(), "damage": damage.numpy()})
@@ -78,6 +85,7 @@ class Audit:
             "rank_correlation": self.rank_correlation,
             "rank_correlation_of_magnitude": self.rank_correlation_of_magnitude,
             "regret": self.regret,
+            "significant": self.significant,
             "loss": self.loss,
             "samples": self.samples,
         }
@@ -107,8 +115,13 @@ def audit_dimensions(
         seed: of the draw.
 
     Raises:
-        UserError: no batch, or a model that cannot be searched.
+        UserError: no batch, no column, a plan of other tables, or a model that cannot be searched.
     """
+    if columns < 1:
+        raise UserError(f"columns={columns}: at least one column must be left out")
+    for name in scores:
+        if name not in plan.tables:
+            raise UserError(f"table {name} is in the scores only; the plan is of another model")
     every = [(name, column) for name, own in scores.items() for column in range(len(own))]
     chosen = np.random.default_rng(seed).choice(len(every), min(columns, len(every)), replace=False)
     sample = [every[index] for index in sorted(chosen)]

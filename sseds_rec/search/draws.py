@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 
 from sseds_rec.search.criteria import Criterion
@@ -25,6 +26,11 @@ class Draws:
         self.groups = moments.groups
         bases = {name: criterion.basis(*means) for name, means in moments.means().items()}
         self.rotations: dict[str, Rotation] = {name: basis for name, basis in bases.items() if basis is not None}
+        if self.rotations and dist.is_initialized() and dist.get_world_size() > 1:
+            # Processors of another kind may give an eigenvector another sign, and all ranks must cut alike.
+            shared = [self.rotations]
+            dist.broadcast_object_list(shared)
+            self.rotations = shared[0]
 
     def raw(self, times: Tensor | None = None) -> dict[str, Tensor]:
         """Table -> scores [D], not normalised.

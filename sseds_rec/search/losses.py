@@ -69,13 +69,15 @@ class Call:
         }
         return (self.function(**(arguments | {"input": prediction})) * weight).sum()
 
-    def weight(self, loss: Tensor | None) -> Tensor:
-        """∂loss/∂output, in the shape of the output."""
+    def weight(self, loss: Tensor | None) -> Tensor | None:
+        """∂loss/∂output, in the shape of the output; None if the loss does not depend on it."""
         output = self.output
         if loss is None:
             return torch.full_like(output, 1 / output.numel(), dtype=torch.float64)
-        (found,) = torch.autograd.grad(loss, [output], retain_graph=True, allow_unused=True, materialize_grads=True)
-        return found.double()
+        if not output.requires_grad:  # shown only, under no_grad
+            return None
+        (found,) = torch.autograd.grad(loss, [output], retain_graph=True, allow_unused=True)
+        return None if found is None else found.double()
 
 
 @dataclass
@@ -103,20 +105,19 @@ class RecordedLosses:
         Raises:
             UserError: no known loss function was called on the way to the loss, or one has other than K predictions a row.
         """
-        found: list[Target] = []
-        for call in self.calls:
-            if not call.prediction.requires_grad:
-                continue
-            weight = call.weight(loss)
-            if bool(weight.any()):
-                found += (_coupled if call.function in COUPLED else _elementwise)(call, weight * rows, rows)
-        if not found:
+        weighted = [(call, call.weight(loss)) for call in self.calls if call.prediction.requires_grad]
+        counted = [(call, weight) for call, weight in weighted if weight is not None]
+        if not counted:
             known = ", ".join(function.__name__ for function in (*ELEMENTWISE, *COUPLED))
             called = f" (it calls {', '.join(sorted(self.others))})" if self.others else ""
             raise UserError(
                 f"found no logits: the loss calls none of {known}{called}; "
                 "use criterion='fisher' or 'snip', or compute the loss with one of these functions"
             )
+        found: list[Target] = []
+        for call, weight in counted:
+            if bool(weight.any()):  # of a batch without rows that count there may be none
+                found += (_coupled if call.function in COUPLED else _elementwise)(call, weight * rows, rows)
         return found
 
 

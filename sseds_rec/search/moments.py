@@ -50,11 +50,12 @@ class Moments:
         batches: how many were added.
         rows: how many rows they had, on all ranks.
         loss: sum of their mean losses, to see whether it is finite.
+        failed: on how many ranks a batch could not be scored.
     """
 
     def __init__(self, moments: Sequence[Moment], dims: Mapping[str, int], device: torch.device) -> None:
         self.moments = list(moments)
-        self.batches, self.rows, self.loss = 0, 0.0, 0.0
+        self.batches, self.rows, self.loss, self.failed = 0, 0.0, 0.0, 0.0
         self._shapes = {name: [(dim,) * moment.axes for moment in moments] for name, dim in dims.items()}
         self._sizes = [torch.Size(shape).numel() for shapes in self._shapes.values() for shape in shapes]
         self._most_groups = max(2, min(_GROUPS, _NUMBERS // max(1, sum(self._sizes))))
@@ -63,7 +64,7 @@ class Moments:
 
     def begin_batch(self) -> Batch:
         """A batch to be filled on this rank."""
-        return Batch(self, torch.zeros(sum(self._sizes) + 2, dtype=torch.float64, device=self._device))
+        return Batch(self, torch.zeros(sum(self._sizes) + 3, dtype=torch.float64, device=self._device))
 
     def add(self, batch: Batch) -> None:
         """Adds a batch of all ranks; every rank calls it. This is the search's only communication."""
@@ -73,10 +74,10 @@ class Moments:
                 if moment.fold:
                     total.copy_(moment.fold(total))
         if len(self._groups) < self._most_groups:
-            self._groups.append(batch.packed[:-1])
+            self._groups.append(batch.packed[:-2])
         else:
-            self._groups[self.batches % self._most_groups] += batch.packed[:-1]
-        rows, loss = batch.packed[-2:].tolist()
+            self._groups[self.batches % self._most_groups] += batch.packed[:-2]
+        rows, loss, self.failed = batch.packed[-3:].tolist()
         self.rows, self.loss, self.batches = self.rows + rows, self.loss + loss, self.batches + 1
 
     @property
@@ -107,19 +108,24 @@ class Batch:
     """One batch of one rank.
 
     Attributes:
-        packed: all moments of all tables, then the number of rows and the loss: what is summed over the ranks.
+        packed: all moments of all tables, then the number of rows, the loss, and 1 if the batch could not be scored: what is
+            summed over the ranks.
         tables: table -> views of its moments.
     """
 
     def __init__(self, moments: Moments, packed: Tensor) -> None:
         self.packed = packed
-        self.tables = moments.split(packed[:-2])
+        self.tables = moments.split(packed[:-3])
         self._moments = moments.moments
 
     def count(self, rows: int, loss: Tensor) -> None:
         """Notes the batch's rows and its mean loss."""
-        self.packed[-2] = rows
-        self.packed[-1] = loss.detach()
+        self.packed[-3] = rows
+        self.packed[-2] = loss.detach()
+
+    def fail(self) -> None:
+        """Tells the other ranks, who would wait, that this one stops here."""
+        self.packed[-1] = 1
 
     def see(self, of: Of, table: str, sample: Sample, curvature: Tensor | None = None) -> None:
         """Adds what a table's sample, differentiated so, says."""

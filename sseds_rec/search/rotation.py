@@ -62,7 +62,8 @@ def loss_basis(slopes: Tensor, covariance: Tensor, mean: Tensor) -> Rotation | N
         mean: μ [D].
 
     Returns:
-        In float64 on the CPU, coordinates in descending order of their scores; None if the loss does not depend on the table.
+        In float64 on the CPU, coordinates in descending order of what they keep, up to the damping; None if the loss
+        does not depend on the table.
     """
     dim = len(mean)
     level = float(slopes.trace()) / dim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -47,8 +48,9 @@ def score_dimensions(
 
     Works on a plain model and on one wrapped in `DistributedModelParallel`, unmodified, between two steps of a
     `TrainPipelineSparseDist` too. On several ranks every rank calls it with its own batches, whose sizes may differ; it ends
-    when a rank has no more. All ranks get the same scores, those that one rank would get on all the rows; one all-reduce a
-    batch, of Σd float64 (Σd² of "ggn_rotated"), is the only communication besides the model's own forward.
+    when a rank has no more. All ranks get the same scores, those that one rank would get on all the rows; the
+    only communication besides the model's own forward is one all-reduce a batch, of Σd float64 (2 Σd² + Σd, and the basis from
+    rank 0, of "ggn_rotated"), and one number that says whether all ranks have a batch. If a rank cannot score, all end.
 
     Example::
 
@@ -77,8 +79,10 @@ def score_dimensions(
             logits the criterion needs and cannot find.
     """
     measure = criterion_named(criterion)
-    if rounds < 1 or (isinstance(num_batches, int) and num_batches < 1):
-        raise UserError(f"num_batches={num_batches}, rounds={rounds}: neither can be below 1")
+    if rounds < 1 or not (num_batches in (None, "auto") or (isinstance(num_batches, int) and num_batches > 0)):
+        raise UserError(
+            f"num_batches={num_batches!r}, rounds={rounds}: rounds is a number from 1 on, num_batches too, or 'auto' or None"
+        )
     device = device_of(model)
     stream = iter(batches)
 
@@ -88,12 +92,16 @@ def score_dimensions(
     with tapped(model) as taps:
         for current in range(1, rounds + 1):
             moments = Moments(measure.moments, {name: table.dim for name, table in taps.tables.items()}, device)
-            for batch in batches_of(islice(stream, num_batches if isinstance(num_batches, int) else None), device):
-                moments.add(_measure(model, batch, taps, measure, moments, loss_fn))
-                if num_batches == "auto" and _due(moments.batches):
-                    overlap = expected_overlap(_scores(measure, moments, taps, rounds), plan)
-                    if moments.batches >= AUTO_BATCHES[1] or overlap >= STABLE:
-                        break
+
+            def enough(moments: Moments = moments) -> bool:
+                if num_batches != "auto" or not _due(moments.batches):
+                    return False
+                overlap = expected_overlap(_scores(measure, moments, taps, rounds), plan)
+                return moments.batches >= AUTO_BATCHES[1] or overlap >= STABLE
+
+            most = num_batches if isinstance(num_batches, int) else None
+            for batch in batches_of(islice(stream, most), device, enough):
+                _add(moments, partial(_measure, model, batch, taps, measure, moments, loss_fn))
             scores = _scores(measure, moments, taps, rounds)
             if current < rounds:
                 _mask(taps, allocation(scores, budget.at(current / rounds, list(scores.tables.values()))))
@@ -103,7 +111,22 @@ def score_dimensions(
 
 def _due(batches: int) -> bool:
     first, _ = AUTO_BATCHES
-    return batches % first == 0 and (batches // first) & (batches // first - 1) == 0
+    return batches > 0 and batches % first == 0 and (batches // first) & (batches // first - 1) == 0
+
+
+def _add(moments: Moments, measure: Callable[[], Batch]) -> None:
+    """Adds a batch of all ranks; if one rank's cannot be scored, all end together."""
+    failure: Exception | None = None
+    try:
+        batch = measure()
+    except Exception as error:
+        failure, batch = error, moments.begin_batch()
+        batch.fail()
+    moments.add(batch)
+    if failure:
+        raise failure
+    if moments.failed:
+        raise UserError("another rank could not score its batch; it says why")
 
 
 def _measure(
@@ -115,6 +138,8 @@ def _measure(
     with torch.set_grad_enabled(wanted != {"output"}), record_losses() as recorded:
         loss = mean_loss(model, batch, loss_fn)
     rows = taps.rows()
+    if wanted != {"output"} and not loss.requires_grad:
+        raise UserError("the loss has no graph to the embeddings; return it as it is to be trained on, not detached")
     found = moments.begin_batch()
     found.count(rows, loss)
     if "output" in wanted:

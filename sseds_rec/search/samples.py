@@ -99,11 +99,14 @@ def sum_rows(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def sum_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ_b l_b r_bᵀ of [B, K] and [B, D] -> float64 [K, D], as `sum_rows`."""
+    if left.is_cuda:  # where a product of float32 may be one of TF32
+        left, right = left.double(), right.double()
     whole = len(left) // _BLOCK * _BLOCK
     total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
     if whole:
         blocks = [side[:whole].unflatten(0, (-1, _BLOCK)) for side in (left, right)]
-        total += torch.bmm(blocks[0].transpose(1, 2), blocks[1]).sum(dim=0, dtype=torch.float64)
+        with torch.autocast(left.device.type, enabled=False):
+            total += torch.bmm(blocks[0].transpose(1, 2), blocks[1]).sum(dim=0, dtype=torch.float64)
     if whole < len(left):
         total += left[whole:].double().T @ right[whole:].double()
     return total

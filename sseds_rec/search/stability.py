@@ -30,9 +30,10 @@ def standard_errors(scores: DimensionScores) -> dict[str, Tensor] | None:
     if _groups(scores) < 2:
         return None
     for drawn in _redraws(scores, _REDRAWS):
-        for name, own in drawn.items():
-            totals[name] += own - scores[name]
-            squares[name] += (own - scores[name]).square()
+        for name in scores:
+            change = (drawn[name] if drawn else 0.0) - scores[name]
+            totals[name] += change
+            squares[name] += change.square()
     # Of G batches a bootstrap has the variance of a sum over G, not G - 1.
     unbiased = (_groups(scores) / (_groups(scores) - 1)) ** 0.5
     return {
@@ -43,6 +44,9 @@ def standard_errors(scores: DimensionScores) -> dict[str, Tensor] | None:
 
 def expected_overlap(scores: DimensionScores, plan: Callable[[DimensionScores], DimensionPlan]) -> float:
     """The share of kept columns that plans from two independent draws of as many batches would have in common.
+
+    Rotated tables are scored in the basis of all batches: of them this compares how many coordinates are kept, not how the basis
+    would turn. Batches are kept apart in 32 groups at most, in fewer if they would hold more than 2^23 numbers.
 
     Args:
         scores: from `score_dimensions`.
@@ -63,16 +67,20 @@ def _groups(scores: DimensionScores) -> int:
     return scores.draws.groups if scores.draws else 0
 
 
-def _redraws(scores: DimensionScores, count: int) -> Iterator[DimensionScores]:
-    """Scores of batches drawn with replacement from those that there were; the same every time."""
+def _redraws(scores: DimensionScores, count: int) -> Iterator[DimensionScores | None]:
+    """Scores of batches drawn with replacement from those that there were, None if all are zero; the same every time."""
     assert scores.draws is not None
     groups = scores.draws.groups
     random = np.random.default_rng(0)
     for times in random.multinomial(groups, [1 / groups] * groups, count):
-        yield DimensionScores(scores.draws.raw(torch.from_numpy(times).double()), scores.tables, scores.search)
+        raw = scores.draws.raw(torch.from_numpy(times).double())
+        is_zero = not any(bool(own.any()) for own in raw.values())
+        yield None if is_zero else DimensionScores(raw, scores.tables, scores.search)
 
 
-def _kept(scores: DimensionScores, plan: Callable[[DimensionScores], DimensionPlan]) -> set[tuple[str, int]]:
+def _kept(scores: DimensionScores | None, plan: Callable[[DimensionScores], DimensionPlan]) -> set[tuple[str, int]]:
+    if scores is None:
+        return set()
     try:
         tables = plan(scores).tables
     except UserError:  # order=stop, at a budget below the first group

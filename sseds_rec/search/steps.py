@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from sseds_rec.errors import UserError
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
-def batches_of(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """The batches on a device, as long as every rank has one."""
+def batches_of(
+    batches: Iterable[Any], device: torch.device, enough: Callable[[], bool] = lambda: False
+) -> Iterator[Any]:
+    """The batches on a device (if they have `to`), as long as every rank has one and none has had enough."""
     stream = iter(batches)
     while True:
-        batch: Any = next(stream, None)
+        batch: Any = None if enough() else next(stream, None)
         is_there = torch.tensor(int(batch is not None), device=device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(is_there, op=dist.ReduceOp.MIN)
@@ -41,7 +43,7 @@ def mean_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
         UserError: the model returns something else.
     """
     result = loss_fn(model, batch) if loss_fn else model(batch)
-    loss = result if isinstance(result, Tensor) else result[0]
+    loss = result[0] if isinstance(result, Sequence) and result else result
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise UserError(
             "in eval mode the model must return its mean loss (a scalar), or a tuple that begins with it; give loss_fn otherwise"

@@ -86,5 +86,5 @@ def test_rounds_read_on_in_an_iterator_and_begin_a_list_anew(model: ClickModel) 
     torch.testing.assert_close(dict(anew), dict(on), rtol=0, atol=0)
     with pytest.raises(sr.UserError, match="no batch to score with; give at least one for every round"):
         sr.score_dimensions(model, iter(_batches()[:1]), num_batches=1, **options)
-    with pytest.raises(sr.UserError, match="rounds=0"):
+    with pytest.raises(sr.UserError, match="rounds=0: rounds is a number from 1 on"):
         sr.score_dimensions(model, _batches(), rounds=0)

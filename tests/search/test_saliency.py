@@ -120,8 +120,8 @@ def _all_reduced_on_rank(rank: int, world_size: int, criterion: str) -> list[tup
 
 @pytest.mark.parametrize(("criterion", "numbers"), [("snip", 32), ("ggn", 32), ("ggn_rotated", 2 * 384 + 32 + 2 * 3)])
 def test_one_small_all_reduce_a_batch_is_the_only_communication(criterion: str, numbers: int) -> None:
-    """Σd = 8 + 16 + 8 and Σd² = 384 of three tables; two more are the rows and the loss."""
-    flag, moments = ("torch.int64", 1), ("torch.float64", numbers + 2)
+    """Σd = 8 + 16 + 8 and Σd² = 384 of three tables; three more are rows, loss and failures."""
+    flag, moments = ("torch.int64", 1), ("torch.float64", numbers + 3)
     for found in run_ranks(2, _all_reduced_on_rank, criterion):
         assert found == [flag, moments, flag, moments, flag]
 

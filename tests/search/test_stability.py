@@ -75,8 +75,8 @@ def test_more_batches_than_are_kept_apart_still_all_count(model: ClickModel) -> 
 
 
 def test_auto_takes_as_many_batches_as_the_plan_needs(model: ClickModel) -> None:
-    rows = make_rows(128 * 3, seed=0)
-    small = [make_batch(rows, first, first + 3) for first in range(0, 128 * 3, 3)]
+    rows = make_rows(128, seed=0)
+    small = [make_batch(rows, first, first + 1) for first in range(128)]
     budget = sr.Budget(dims=0.5)
     plan = partial(sr.allocate, multiple=1, exponent=0.0)
     found = sr.score_dimensions(model, small, "ggn", "auto", budget=budget, allocation=plan)
