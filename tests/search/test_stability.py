@@ -77,12 +77,13 @@ def test_more_batches_than_are_kept_apart_still_all_count(model: ClickModel) -> 
 def test_auto_takes_as_many_batches_as_the_plan_needs(model: ClickModel) -> None:
     rows = make_rows(128, seed=0)
     small = [make_batch(rows, first, first + 1) for first in range(128)]
-    budget = sr.Budget(dims=0.5)
+    budget = sr.Budget(dims=0.2)
     plan = partial(sr.allocate, multiple=1, exponent=0.0)
-    found = sr.score_dimensions(model, small, "ggn", "auto", budget=budget, allocation=plan)
-    used = found.search["batches"]
-    assert used in (16, 32, 64)
-    assert expected_overlap(found, PLAN) >= STABLE
-    assert expected_overlap(sr.score_dimensions(model, small, "ggn", used // 2), PLAN) < STABLE
-    ended = sr.score_dimensions(model, small[:10], "ggn", "auto", budget=budget, allocation=plan)
+    bound = partial(plan, budget=budget)
+    found = sr.score_dimensions(model, small, "taylor_abs", "auto", budget=budget, allocation=plan)
+    assert found.search["batches"] == 64
+    assert expected_overlap(found, bound) >= STABLE
+    for fewer in (8, 16, 32):
+        assert expected_overlap(sr.score_dimensions(model, small, "taylor_abs", fewer), bound) < STABLE
+    ended = sr.score_dimensions(model, small[:10], "taylor_abs", "auto", budget=budget, allocation=plan)
     assert ended.search["batches"] == 10
