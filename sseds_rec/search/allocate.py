@@ -18,8 +18,8 @@ from sseds_rec.search.scores import DimensionScores, Table
 
 Order = Literal["fill", "stop", "knapsack"]
 
-#: order="fill": cheaper groups go before one that costs more than one in so many of what is kept.
-_LARGE = 10
+#: order="fill": a group waits if what is kept so far is less than so many times its size.
+_LARGE = 4
 
 
 def allocate(
@@ -29,7 +29,7 @@ def allocate(
     multiple: int = 4,
     min_dim: int = 0,
     exponent: float = 0.5,
-    order: Order = "fill",
+    order: Order = "knapsack",
     floor_share: float = 0.0,
     tables: Mapping[str, TableRule] | None = None,
 ) -> DimensionPlan:
@@ -47,11 +47,11 @@ def allocate(
         min_dim: columns that every table keeps, whatever its scores (rounded up to `multiple`): a floor against field
             collapse. The budget must hold it.
         exponent: p in s / n^p. 0 ranks columns as the paper does, 1 by score per parameter.
-        order: "stop" takes groups in rank order and ends at the first that does not fit (the paper). "fill" does too, but
-            lets cheaper groups go before one that is large beside what is kept by then (see `_fill_order`). In both, more
-            budget never drops a kept column. "knapsack" has the most value that any widths can have under the budget, where
-            a group is worth what it is ranked by times n_i (in a dims budget times 1), so that rank order is the relaxed
-            problem's: with exponent=1 (dims: 0) that is the most score. It keeps no column that scores 0.
+        order: "knapsack" has the most value that any widths can have under the budget, where a group is worth what it is
+            ranked by times n_i (in a dims budget times 1), so that rank order is the relaxed problem's: with exponent=1
+            (dims: 0) that is the most score. It keeps no column that scores 0. "stop" takes groups in rank order and ends
+            at the first that does not fit (the paper). "fill" does too, but lets smaller groups go before one that is large
+            beside what is kept by then (see `_fill_order`). In both, more budget never drops a kept column.
         floor_share: a soft floor against field collapse: the best group of each table that holds at least this share of all
             scores is ranked first, those of the highest share for their cost before others; 0 for none. What the
             budget cannot hold is given up.
@@ -181,7 +181,7 @@ def _first_groups(groups: _Groups, shares: np.ndarray, floors: np.ndarray, floor
 def _fill_order(costs: np.ndarray, sizes: np.ndarray, kept: int, left: int) -> np.ndarray:
     """Rank order, in which a large group waits until cheaper ones have spent about as much as it will.
 
-    A group whose size is above a tenth of what is kept when its turn comes lets the cheaper groups behind it go first, in
+    A group whose size is above a quarter of what is kept when its turn comes lets the smaller groups behind it go first, in
     rank order and by the same rule, until the next of them would bring what they spend above its size; then it follows.
     The order depends on costs and ranks alone, and a budget takes a beginning of it, up to the first group that does not
     fit: of two budgets the lower one's beginning is part of the higher one's, so that nothing kept is dropped for more.
@@ -279,8 +279,8 @@ def _plan(
         ),
         "dims": _share(sum(t.embedding_dim for t in plans), sum(t.original_dim for t in plans)),
     }
-    own = [scores.tables[name] for name in kept]
-    counted = _share(budget.cost(own, [len(columns) for columns in kept.values()]), budget.total(own))
+    facts = [scores.tables[name] for name in kept]
+    counted = _share(budget.cost(facts, [len(columns) for columns in kept.values()]), budget.total(facts))
     if budget.kind == "bytes":
         reached["bytes"] = counted
     elif budget.transforms:

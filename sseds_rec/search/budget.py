@@ -83,7 +83,8 @@ class Budget(BaseModel):
 
     @property
     def _value(self) -> float | int:
-        return getattr(self, self.kind)  # type: ignore[no-any-return]
+        value: float | int = getattr(self, self.kind)
+        return value
 
     def _options(self) -> dict[str, Any]:
         return self.model_dump(include={"optimizer", "precision", "transforms"}, exclude_defaults=True)
@@ -109,7 +110,7 @@ class Budget(BaseModel):
             return table.rows * widths + transforms
         wide, single = _STATES[self.optimizer]
         column = _WEIGHT_BYTES[self.precision] + _STATE_BYTES * wide
-        row = stored_dim(widths) * column + (widths > 0) * (_STATE_BYTES * single)  # type: ignore[arg-type, operator]
+        row = stored_dim(widths) * column + (widths > 0) * (_STATE_BYTES * single)  # type: ignore[arg-type]
         return table.rows * row + _TRANSFORM_BYTES * transforms
 
     def cost(self, tables: Sequence[Table], dims: Sequence[int]) -> int:
