@@ -65,7 +65,8 @@ def test_logits_and_all_gradients_equal_plain_pytorch(case: str, form: str, num_
     parameters, expected = list(model.parameters()), F.binary_cross_entropy_with_logits(plain, batch.labels)
     ours = torch.autograd.grad(loss, parameters)  # refuses what takes no part, as DistributedDataParallel does
     theirs = torch.autograd.grad(expected, parameters, materialize_grads=True)  # one field alone has no pair
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    # Of 1 in the largest; in float32 the cross layers of DCNv2 round by up to 6e-6, on some processors.
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
