@@ -293,12 +293,18 @@ class Pipeline:
     def scoring_batches(self) -> Loader:
         """This rank's batches for a search, of rows drawn anew for each epoch of the loader."""
         rows = self.config.search.batch_size
+        size = rows // self.runtime.world_size if rows else None
         return self.loader(
-            self.config.search.split, shuffle=True, batch_size=rows // self.runtime.world_size if rows else None
-        )
+            self.config.search.split, shuffle=True, batch_size=size, prefetch=0
+        )  # few: a thread costs more
 
     def loader(
-        self, split: SplitName, shuffle: bool = False, drop_last: bool = False, batch_size: int | None = None
+        self,
+        split: SplitName,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        batch_size: int | None = None,
+        prefetch: int = 2,
     ) -> Loader:
         """This rank's batches of a split."""
         return Loader(
@@ -310,6 +316,7 @@ class Pipeline:
             seed=self.config.seed,
             shuffle=shuffle,
             drop_last=drop_last,
+            prefetch=prefetch,
             pin_memory=self.runtime.device.type == "cuda",
         )
 

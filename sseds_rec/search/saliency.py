@@ -9,14 +9,14 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sseds_rec.errors import UserError
 from sseds_rec.search.allocate import allocate
 from sseds_rec.search.budget import Budget
 from sseds_rec.search.criteria import Criterion, criterion_named
 from sseds_rec.search.draws import Draws
-from sseds_rec.search.losses import record_losses
+from sseds_rec.search.losses import RecordedLosses, record_losses
 from sseds_rec.search.masks import keep_only
 from sseds_rec.search.moments import Batch, Moments
 from sseds_rec.search.plan import DimensionPlan
@@ -133,10 +133,13 @@ def _measure(
     model: nn.Module, batch: Any, taps: Taps, criterion: Criterion, moments: Moments, loss_fn: LossFn | None
 ) -> Batch:
     """What one batch adds to the moments."""
-    taps.clear()
     wanted = {moment.of for moment in criterion.moments}
-    with torch.set_grad_enabled(wanted != {"output"}), record_losses() as recorded:
-        loss = mean_loss(model, batch, loss_fn)
+
+    def forward() -> tuple[Tensor, RecordedLosses]:
+        with torch.set_grad_enabled(wanted != {"output"}), record_losses() as recorded:
+            return mean_loss(model, batch, loss_fn), recorded
+
+    loss, recorded = taps.run(forward)
     rows = taps.rows()
     if wanted != {"output"} and not loss.requires_grad:
         raise UserError("the loss has no graph to the embeddings; return it as it is to be trained on, not detached")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from sseds_rec.errors import UserError
 from sseds_rec.search.samples import Lookup, Sample
 from sseds_rec.search.scores import Table
 
+T = TypeVar("T")
+
 #: (outputs [B, D] of one feature, mass [B] or None) -> outputs as the model shall see them. Sequences: [ids, D] and None.
 Edit = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -42,11 +44,15 @@ class _Call:
     leaves: list[Tensor] = field(default_factory=list)
     columns: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # key -> leaf, first column, width
 
-    def add_leaf(self, values: Tensor) -> Tensor:
-        """What the model sees of a new leaf: a copy, since a leaf can't be changed in place, as embeddings can."""
+    def add_leaf(self, values: Tensor, copied: bool) -> Tensor:
+        """What the model sees of a new leaf: the leaf, or a copy, since a leaf can't be changed in place, as embeddings can.
+
+        A model that looks up without gradients could change it, and `outputs`, unseen.
+        """
+        copied |= not torch.is_grad_enabled()
         self.leaves.append(values.requires_grad_())
-        with torch.enable_grad():  # the model may look up without
-            return values.clone()
+        with torch.enable_grad():
+            return values.clone() if copied else values
 
     def rows(self) -> set[int]:
         return {one.shape[0] for one in (self.lengths or self.outputs).values()}
@@ -68,6 +74,7 @@ class _Tap:
         self.module = module
         self.names = names  # table -> name in scores and plans
         self.edits = edits
+        self.copied = False
         self.calls: list[_Call] = []
         configs = table_configs(module)
         keys = get_embedding_names_by_table(configs)
@@ -106,7 +113,7 @@ class _Tap:
         for key in edited:
             _, start, width = call.columns[key]
             leaf.narrow(1, start, width).copy_(self._edited(call, key))
-        return KeyedTensor(found.keys(), found.length_per_key(), call.add_leaf(leaf))
+        return KeyedTensor(found.keys(), found.length_per_key(), call.add_leaf(leaf, self.copied))
 
     def _sequences(self, call: _Call, found: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
         seen = {}
@@ -116,7 +123,7 @@ class _Tap:
             call.columns[key] = (index, 0, values.shape[1])
             leaf = self._edited(call, key).to(values.dtype) if self._edit(key) else values.detach()
             seen[key] = JaggedTensor(
-                call.add_leaf(leaf), jagged.weights_or_none(), jagged.lengths(), jagged.offsets_or_none()
+                call.add_leaf(leaf, self.copied), jagged.weights_or_none(), jagged.lengths(), jagged.offsets_or_none()
             )
         return seen
 
@@ -196,6 +203,18 @@ class Taps:
         """Forgets the last forward."""
         for tap in self._taps:
             tap.calls.clear()
+
+    def run(self, forward: Callable[[], T]) -> T:
+        """Runs a forward; once more, with copies of the embeddings, if the model changes them in place."""
+        self.clear()
+        try:
+            return forward()
+        except RuntimeError as error:
+            if "a leaf Variable that requires grad" not in str(error) or any(tap.copied for tap in self._taps):
+                raise
+        for tap in self._taps:
+            tap.copied = True
+        return self.run(forward)
 
     def rows(self) -> int:
         """B of the last forward.

@@ -27,7 +27,7 @@ from torchrec.modules.mc_embedding_modules import (
 )
 from torchrec.modules.mc_modules import LFU_EvictionPolicy, ManagedCollisionCollection, MCHManagedCollisionModule
 
-from sseds_rec.search.losses import record_losses
+from sseds_rec.search.losses import RecordedLosses, record_losses
 from sseds_rec.search.tap import tapped
 
 #: Table -> (rows, features): t2 serves two features.
@@ -259,8 +259,12 @@ def measure(model: nn.Module, batch: Any, mass: bool = False) -> Found:
     """What `explicit` gives, through the taps."""
     found: Found = {}
     with tapped(model) as taps:
-        with torch.enable_grad(), record_losses() as recorded:
-            loss = model(batch)[0]
+
+        def forward() -> tuple[Tensor, RecordedLosses]:
+            with torch.enable_grad(), record_losses() as recorded:
+                return model(batch)[0], recorded
+
+        loss, recorded = taps.run(forward)
         rows = taps.rows()
         (target,) = recorded.targets(rows, loss)
         for of, differentiated in (("loss", loss * rows), ("logit", target.logit)):
