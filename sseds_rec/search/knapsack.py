@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: A better choice than the one found would be better by less than this share: less than the scores' own rounding adds up to.
+#: What is better by less than this share of the value is not better: the scores' own rounding adds up to more.
 TOLERANCE = 1e-12
-#: States kept at once. Only instances whose values per cost are all but equal come near it, and those are filled to
-#: the last unit long before.
-MAX_STATES = 1 << 17
+#: The search goes on with this many partial choices at first, which mostly is enough, and with four times as many where
+#: it is not, while partial choices x options stay below the other number: about a second's work.
+_FEWEST_STATES = 128
+_MOST_WORK = 12_000_000
 
 
 @dataclass(frozen=True)
@@ -29,182 +30,212 @@ class Choice:
 def solve(costs: np.ndarray, values: np.ndarray, capacity: int) -> Choice:
     """Chooses one option of each class so that the sum of values is largest among those that cost at most `capacity`.
 
-    At a price λ for each unit of cost no choice is worth more than U(λ) = Σ_t max_j (v_tj - λ c_tj) + λ capacity. The λ of the
-    lowest U (the LP relaxation) is where greedy by density would break off. An option's loss is what its v - λc lacks to its
-    class's best, so that a choice is worth U less its options' losses less λ times what it leaves unspent: one that is
-    better than the best known has losses below the gap only. Those few are enumerated class by class, as Pareto states
-    of (cost, value). (Dyer, Kayal & Walsh, 1984; Pisinger, "A minimal algorithm for the multiple-choice knapsack", 1995.)
-    Nothing is asked of the shape of value over cost.
+    At a price for each unit of cost, let every class take the option that is worth most after paying for it. The price is
+    chosen so that these options just about use the capacity up: they are the start. At that price any other option loses
+    something against the start's, and a unit left unspent loses the price; what a choice loses in all is what it falls
+    short of the best that could be, fractions of options allowed. So the best choice is the one that loses least. Few
+    options lose little, and only those are combined (`_search`): first those that lose next to nothing, then four times as
+    much and so on, until no option that was left out could be part of anything better than what was found. (Dyer, Kayal &
+    Walsh, 1984; Pisinger, "A minimal algorithm for the multiple-choice knapsack", 1995.)
 
     Args:
-        costs: int64 [T, J], not negative; option 0 costs and is worth nothing.
+        costs: int64 [T, J], not falling along a row; option 0 costs and is worth nothing.
         values: float64 [T, J]; -inf where a class has fewer options.
         capacity: not negative.
 
     Returns:
-        The choice; the same for the same input. Of options worth the same the cheaper is taken.
+        The choice; the same for the same input.
     """
     unit = int(np.gcd.reduce(costs, axis=None)) or 1
     costs, capacity = costs // unit, capacity // unit
-    rows = np.arange(len(costs))
-    price, start = _cheapest_price(costs, values, capacity)
-    surplus = values - price * costs
-    losses = surplus.max(axis=1, keepdims=True) - surplus
-    bound = float(surplus.max(axis=1).sum()) + price * capacity
-    start = _spend_on_ties(costs, losses, start, capacity, TOLERANCE * bound / len(costs))
-    best = _complete(costs, values, start, capacity)
-    return _improve(costs, values, losses, price, bound, start, best, capacity) if bound > 0 else Choice(0 * rows, 0.0)
+    price, start = _price(costs, values, capacity)
+    if price == 0:
+        return Choice(start, 0.0)
+    changes = _changes(costs, values, start, price, capacity)
+    bound = float(values[np.arange(len(costs)), start].sum()) + price * changes.slack
+    best, least = start, price * changes.slack
+    reach, states = price * int(costs[costs > 0].min()), _FEWEST_STATES
+    while True:
+        found = _search(changes, min(reach, least), states, TOLERANCE * bound)
+        if found.loss < least:
+            best, least = found.options, found.loss
+        unseen = min(reach, found.dropped)  # nothing that was not looked at loses less
+        if least <= unseen + TOLERANCE * bound:
+            return Choice(best, 0.0)
+        if found.dropped < reach:
+            if 4 * states * found.size <= _MOST_WORK:
+                states *= 4
+            elif least <= reach:
+                return Choice(best, (least - unseen) / (bound - unseen))
+        reach *= 4
 
 
-def _cheapest_price(costs: np.ndarray, values: np.ndarray, capacity: int) -> tuple[float, np.ndarray]:
-    """The λ that minimises U, and a choice that is best at this price and affordable.
+def _price(costs: np.ndarray, values: np.ndarray, capacity: int) -> tuple[float, np.ndarray]:
+    """The price at which the classes' best options just about use the capacity up, and such options [T] that fit.
 
-    U is convex and piecewise linear: where the lines of an affordable and an unaffordable choice cross, either a third choice
-    lies above both, and replaces one of them, or this is the minimum.
+    Of two choices, one that fits and one that does not, take the price at which they are equally good. If no other choice is
+    better at that price, it is the one; if one is, it replaces the one of the two on its side of the capacity.
     """
     rows = np.arange(len(costs))
-    low, high = values.argmax(axis=1), np.zeros(len(costs), np.int64)
-    if costs[rows, low].sum() <= capacity:
-        return 0.0, low
+    fits, over = np.zeros(len(costs), np.int64), values.argmax(axis=1)
+    most = float(values[rows, over].sum())
+    if costs[rows, over].sum() <= capacity:
+        return 0.0, over
     while True:
-        spent = int(costs[rows, low].sum() - costs[rows, high].sum())
-        price = float(values[rows, low].sum() - values[rows, high].sum()) / spent
-        surplus = values - price * costs
-        between = surplus.argmax(axis=1)
-        gained = (surplus[rows, between] - surplus[rows, high]).sum()
-        if gained <= TOLERANCE * abs(float(surplus[rows, between].sum())):
-            return price, high
-        if int(costs[rows, between].sum()) <= capacity:
-            if (between == high).all():
-                return price, high
-            high = between
+        gained = float(values[rows, over].sum() - values[rows, fits].sum())
+        price = gained / int(costs[rows, over].sum() - costs[rows, fits].sum())
+        after_paying = values - price * costs
+        best = after_paying.argmax(axis=1)
+        if after_paying[rows, best].sum() - after_paying[rows, fits].sum() <= TOLERANCE * most:
+            return price, fits
+        if costs[rows, best].sum() <= capacity:
+            fits = best
         else:
-            if (between == low).all():
-                return price, high
-            low = between
+            over = best
 
 
-def _spend_on_ties(costs: np.ndarray, losses: np.ndarray, start: np.ndarray, capacity: int, free: float) -> np.ndarray:
-    """Goes on from `start` with options that lose nothing at the price, table by table, while they fit."""
-    chosen = start.copy()
-    left = capacity - int(costs[np.arange(len(costs)), start].sum())
-    own = costs[np.arange(len(costs)), start][:, None]
-    for row in np.flatnonzero(((losses <= free) & (costs > own)).any(axis=1)):
-        more = costs[row] - own[row]
-        fitting = np.flatnonzero((losses[row] <= free) & (more > 0) & (more <= left))
-        if len(fitting):
-            chosen[row] = fitting[more[fitting].argmax()]
-            left -= int(more[chosen[row]])
-    return chosen
+@dataclass(frozen=True)
+class _Changes:
+    """What changes when a class takes another option than at the start.
+
+    Attributes:
+        start: int64 [T], the options at the start.
+        more: int64 [T, J], cost above the start's; negative if it saves.
+        gain: float64 [T, J], value above the start's.
+        loss: float64 [T, J], price x more - gain, not negative.
+        price: of a unit of cost.
+        slack: what the start leaves of the capacity.
+    """
+
+    start: np.ndarray
+    more: np.ndarray
+    gain: np.ndarray
+    loss: np.ndarray
+    price: float
+    slack: int
 
 
-def _complete(costs: np.ndarray, values: np.ndarray, start: np.ndarray, capacity: int) -> np.ndarray:
-    """Spends what `start` leaves, by density, on what still fits: a first choice to beat."""
+def _changes(costs: np.ndarray, values: np.ndarray, start: np.ndarray, price: float, capacity: int) -> _Changes:
     rows = np.arange(len(costs))
-    chosen = start
-    while True:
-        more, gain = costs - costs[rows, chosen][:, None], values - values[rows, chosen][:, None]
-        left = capacity - int(costs[rows, chosen].sum())
-        reachable = (more >= 0) & (more <= left) & (gain > 0)
-        touched = np.flatnonzero(reachable.any(axis=1))
-        if not len(touched):
-            return chosen
-        # One class more, whose only option is to stay, keeps the shapes when there is a single one.
-        more, gain = np.where(reachable, more, 0)[touched], np.where(reachable, gain, -np.inf)[touched]
-        stay = np.zeros((len(touched), 1))
-        _, added = _cheapest_price(np.hstack([stay.astype(np.int64), more]), np.hstack([stay, gain]), left)
-        if not added.any():  # each fits alone, but none is on the hull below what is left
-            row, option = np.unravel_index(gain.argmax(), gain.shape)
-            added = np.zeros(len(touched), np.int64)
-            added[row] = option + 1
-        chosen = chosen.copy()
-        chosen[touched[added > 0]] = added[added > 0] - 1
+    own = costs[rows, start]
+    more, gain = costs - own[:, None], values - values[rows, start][:, None]
+    return _Changes(start, more, gain, np.maximum(price * more - gain, 0.0), price, capacity - int(own.sum()))
 
 
-def _improve(
-    costs: np.ndarray,
-    values: np.ndarray,
-    losses: np.ndarray,
-    price: float,
-    bound: float,
-    start: np.ndarray,
-    best: np.ndarray,
-    capacity: int,
-) -> Choice:
-    """Enumerates the deviations from `start` whose losses leave them a chance against `best`."""
-    rows = np.arange(len(costs))
-    own_cost, own_value = costs[rows, start], values[rows, start]
-    zero = TOLERANCE * bound
-    gap = bound - float(values[rows, best].sum()) - zero
-    more = costs - own_cost[:, None]
-    rates = np.divide(losses, np.abs(more), out=np.full(losses.shape, np.inf), where=more != 0)
-    near = (losses < gap) & (np.arange(costs.shape[1]) != start[:, None])
-    rates = np.where(near, rates, np.inf)
+@dataclass(frozen=True)
+class _Found:
+    """What a search came to.
+
+    Attributes:
+        options: int64 [T], the best choice it saw.
+        loss: of that choice; inf if it saw none that fits.
+        dropped: what the choices that it gave up for want of room lose at least.
+        size: number of options it combined.
+    """
+
+    options: np.ndarray
+    loss: float
+    dropped: float
+    size: int
+
+
+def _search(changes: _Changes, reach: float, most_states: int, zero: float) -> _Found:
+    """Combines the options that lose at most `reach`, class by class, those that change the cost most first.
+
+    A state is a choice for the classes so far, the others staying at the start: what it leaves of the capacity (negative if
+    it needs more), and what it loses with that unspent. One is given up when another loses no more and leaves no less, when
+    it must end above `reach` even if options of the classes left could be taken in part (`_Relaxed`), and when there are more
+    than `most_states`, those that must end highest first.
+    """
+    near = _near(changes, reach)
     classes = np.flatnonzero(near.any(axis=1))
-    classes = classes[np.argsort(rates[classes].min(axis=1), kind="stable")]
-    up = _lowest_after(np.where(more > 0, rates, np.inf)[classes])
-    down = _lowest_after(np.where(more < 0, rates, np.inf)[classes])
-    least = _lowest_after(np.where(near, losses, np.inf)[classes])
-
-    slack = np.array([capacity - int(own_cost.sum())])
-    value = np.array([0.0])  # above that of `start`
-    base = bound - float(own_value.sum())
+    largest = np.where(near[classes], np.abs(changes.more[classes]), 0).max(axis=1)
+    classes = classes[np.argsort(-largest, kind="stable")]
+    relaxed = _Relaxed(changes, near, classes)
+    slack, loss = np.array([changes.slack]), np.array([changes.price * changes.slack])
     layers: list[tuple[np.ndarray, np.ndarray]] = []
-    found: tuple[int, int] | None = None
-    unexplored = np.inf
+    dropped = np.inf
     for depth, row in enumerate(classes):
-        options = np.flatnonzero(near[row] & (losses[row] < gap))
-        options = np.concatenate([[start[row]], options])
-        states = len(slack)
-        slack = (slack - more[row, options][:, None]).ravel()
-        value = (value + (values[row, options] - own_value[row])[:, None]).ravel()
-        short = base - value  # to the bound
-        feasible = np.flatnonzero(slack >= 0)
-        layer = len(layers)
-        winner = feasible[short[feasible].argmin()] if len(feasible) else None
-        chance = (
-            short - price * slack + np.where(slack >= 0, slack * min(price, up[depth]), _times(-slack, down[depth]))
-        )
-        loss = short - price * slack
-        if winner is not None and short[winner] < gap:
-            gap = float(short[winner]) - zero
-            found = (layer, winner)
-        alive = np.flatnonzero((chance < gap) & (loss + least[depth] < gap))
-        alive = alive[np.lexsort((-value[alive], -slack[alive]))]
-        ahead = np.maximum.accumulate(np.concatenate([[-np.inf], value[alive]]))[:-1]
-        alive = alive[value[alive] > ahead]
-        if len(alive) > MAX_STATES:
-            order = np.argsort(chance[alive], kind="stable")
-            unexplored = min(unexplored, float(chance[alive[order[MAX_STATES]]]))
-            alive = np.sort(alive[order[:MAX_STATES]])
-        kept = alive
-        if found == (layer, winner) and winner is not None:
-            kept = np.append(alive, winner)
-            found = (layer, len(alive))
-        layers.append((kept % states, options[kept // states]))
-        slack, value = slack[alive], value[alive]
-        if not len(alive):
+        options = np.append(changes.start[row], np.flatnonzero(near[row] & (changes.loss[row] <= reach)))
+        slack = (slack[:, None] - changes.more[row, options]).ravel()
+        loss = (loss[:, None] - changes.gain[row, options]).ravel()
+        reach = min(reach, max(loss[slack >= 0].min(initial=np.inf), 0.0))
+        least = loss - changes.price * slack + relaxed.loss(slack, depth)
+        alive = _undominated(slack, loss, np.flatnonzero(least <= reach + zero))
+        if len(alive) > most_states:
+            # A solution first; of those that must end as high, the ones that are nearest to spending everything.
+            solution = (slack[alive] >= 0) & (loss[alive] <= reach)
+            order = np.lexsort((np.abs(slack[alive]), np.where(solution, 0.0, np.maximum(least[alive], zero))))
+            dropped = min(dropped, float(least[alive[order[most_states:]]].min()))
+            alive = np.sort(alive[order[:most_states]])
+        layers.append((alive // len(options), options[alive % len(options)]))
+        slack, loss = slack[alive], loss[alive]
+        if reach <= zero:
             break
-    if found is not None:
-        best = start.copy()
-        at, index = found
-        for depth in range(at, -1, -1):
-            parents, options = layers[depth]
-            best[classes[depth]] = options[index]
-            index = parents[index]
-    return Choice(best, max(0.0, gap - unexplored) / bound if unexplored < gap else 0.0)
+    best = changes.start.copy()
+    fitting = np.flatnonzero(slack >= 0)
+    if not len(fitting):
+        return _Found(best, np.inf, dropped, int(near.sum()))
+    state = fitting[loss[fitting].argmin()]
+    least_loss = max(float(loss[state]), 0.0)
+    for row, (parents, options) in reversed(list(zip(classes, layers, strict=False))):
+        best[row], state = options[state], parents[state]
+    return _Found(best, least_loss, dropped, int(near.sum()))
 
 
-def _times(amount: np.ndarray, rate: float) -> np.ndarray:
-    """amount * rate with 0 * inf = 0."""
-    return (
-        np.where(amount > 0, amount, 1) * rate * (amount > 0)
-        if np.isfinite(rate)
-        else np.where(amount > 0, np.inf, 0.0)
-    )
+def _near(changes: _Changes, reach: float) -> np.ndarray:
+    """bool [T, J]: other options than the start's that lose at most `reach`; none of which the next costs the
+    same and is no worse.
+    """
+    near = changes.loss <= reach
+    near[:, :-1] &= (changes.more[:, 1:] > changes.more[:, :-1]) | (changes.gain[:, 1:] < changes.gain[:, :-1])
+    near[np.arange(len(near)), changes.start] = False
+    return near
 
 
-def _lowest_after(rates: np.ndarray) -> np.ndarray:
-    """For each row the lowest entry of all rows behind it [T]."""
-    lowest = np.minimum.accumulate(rates.min(axis=1)[::-1])[::-1]
-    return np.append(lowest[1:], np.inf)
+def _undominated(slack: np.ndarray, loss: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """Those of `states` for which no other leaves as much and loses as little; in the order of what they leave, most first."""
+    states = states[np.lexsort((loss[states], -slack[states]))]
+    ahead = np.minimum.accumulate(np.append(np.inf, loss[states]))[:-1]
+    return states[loss[states] < ahead]
+
+
+class _Relaxed:
+    """What a slack loses at least, as if options could be taken in part.
+
+    Between neighbouring near options of a class is a step, of a cost and a loss. A slack is used up, and what is missing is
+    saved, by the steps of the classes left that lose least for their cost, in any order and in part; what remains unspent
+    loses the price. An option's loss is taken as the least of those from there on outwards, so that no step gains.
+    """
+
+    def __init__(self, changes: _Changes, near: np.ndarray, classes: np.ndarray) -> None:
+        start, option = changes.start[classes][:, None], np.arange(near.shape[1])
+        loss = np.where(near[classes], changes.loss[classes], np.inf)
+        above = np.minimum.accumulate(loss[:, ::-1], axis=1)[:, ::-1]
+        below = np.minimum.accumulate(loss, axis=1)
+        loss = np.where(option > start, above, np.where(option < start, below, 0.0))
+        stops = near[classes] | (option == start)
+        depth, option = np.nonzero(stops)
+        cost, rise = np.diff(changes.more[classes][stops]), np.diff(loss[stops])
+        saves = option[:-1] < changes.start[classes[depth[:-1]]]
+        steps = (depth[1:] == depth[:-1]) & (cost > 0) & (saves | (rise < changes.price * cost))
+        depth, cost, rise, saves = depth[:-1][steps], cost[steps].astype(np.float64), rise[steps], saves[steps]
+        # From the costliest saving up to none and on to the costliest spending: the loss as a function of the slack.
+        order = np.lexsort((rise / cost, ~saves))
+        self._depth, self._cost, self._rise = depth[order], cost[order], rise[order]
+        self._zero = int(saves.sum())
+        self._price = changes.price
+        self._classes, self._renewal = len(classes), 0
+
+    def loss(self, slack: np.ndarray, depth: int) -> np.ndarray:
+        """float64 [S], the least loss with the classes behind `depth`, which does not fall from call to call; inf:
+        not to be saved.
+        """
+        if depth >= self._renewal:
+            # With many classes left it may be that of a few more, which is little lower.
+            self._renewal = depth + 1 + (self._classes - depth) // 256
+            self._cost[self._depth <= depth] = self._rise[self._depth <= depth] = 0.0
+            slacks, losses = np.append(0.0, self._cost.cumsum()), np.append(0.0, self._rise.cumsum())
+            self._slacks, self._losses = slacks - slacks[self._zero], losses - losses[self._zero]
+        unspent = np.maximum(slack - self._slacks[-1], 0.0)
+        return np.interp(slack, self._slacks, self._losses, left=np.inf) + self._price * unspent
