@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,9 +18,6 @@ from sseds_rec.search.rules import TableRule, width_bounds
 from sseds_rec.search.scores import DimensionScores, Table
 
 Order = Literal["fill", "stop", "knapsack"]
-
-#: order="fill": a group waits if what is kept so far is less than so many times its size.
-_LARGE = 4
 
 
 def allocate(
@@ -47,11 +45,16 @@ def allocate(
         min_dim: columns that every table keeps, whatever its scores (rounded up to `multiple`): a floor against field
             collapse. The budget must hold it.
         exponent: p in s / n^p. 0 ranks columns as the paper does, 1 by score per parameter.
-        order: "knapsack" has the most value that any widths can have under the budget, where a group is worth what it is
-            ranked by times n_i (in a dims budget times 1), so that rank order is the relaxed problem's: with exponent=1
-            (dims: 0) that is the most score. It keeps no column that scores 0. "stop" takes groups in rank order and ends
-            at the first that does not fit (the paper). "fill" does too, but lets smaller groups go before one that is large
-            beside what is kept by then (see `_fill_order`). In both, more budget never drops a kept column.
+        order: how the budget is spent.
+            "knapsack": the widths of the most value that it can hold, where a group is worth what it is ranked by times n_i
+            (in a dims budget times 1), so that rank order is the relaxed problem's: with exponent=1 (dims: 0) that is the
+            most score. It keeps no column that scores 0. Should the search end before the proof that nothing is better,
+            `knapsack_gap` in the plan is the share of value by which something may be.
+            "stop": groups in rank order, up to the first that does not fit (the paper).
+            "fill": the best-ranked of the groups that cost at most half of what is kept by then, or the cheapest if all cost
+            more, up to the first that does not fit. Then either nothing more fits or two thirds of the budget are spent.
+            In "stop" and "fill" more budget never drops a kept column. So they leave some budget unspent: to make room for
+            a large group whenever it fits, smaller ones would have to go.
         floor_share: a soft floor against field collapse: the best group of each table that holds at least this share of all
             scores is ranked first, those of the highest share for their cost before others; 0 for none. What the
             budget cannot hold is given up.
@@ -64,28 +67,26 @@ def allocate(
         UserError: see `check_budget`; or `order="stop"` ends before the first group.
     """
     check_budget(scores.tables, budget, multiple, min_dim, tables)
-    names = list(scores)
-    own = [scores.tables[name] for name in names]
     bounds = width_bounds(scores.tables, multiple, min_dim, tables)
-    ranked_columns = [np.argsort(-scores[name].numpy(), kind="stable") for name in names]
-    dims = np.array([bounds[name][0] for name in names])
-    left = budget.limit(own) - budget.cost(own, dims.tolist())
+    own = [scores.tables[name] for name in scores]
+    floors = np.array([bounds[name][0] for name in scores])
+    columns = {name: np.argsort(-scores[name].numpy(), kind="stable") for name in scores}  # best first
+    limit, held = budget.limit(own), budget.cost(own, floors.tolist())
 
-    sorted_scores = [scores[name].numpy()[columns] for name, columns in zip(names, ranked_columns, strict=True)]
-    groups = _groups(sorted_scores, own, [bounds[name] for name in names], budget, multiple, exponent)
-    shares = np.array([values.sum() for values in sorted_scores])
-    first = _first_groups(groups, shares, dims, floor_share)
+    ranked = [scores[name].numpy()[columns[name]] for name in scores]
+    groups = _groups(ranked, own, [bounds[name] for name in scores], budget, multiple, exponent)
+    first = _first_groups(groups, np.array([values.sum() for values in ranked]), floors, floor_share)
     settings: dict[str, Any] = {"multiple": multiple, "min_dim": min_dim, "exponent": exponent, "order": order}
     if order == "knapsack":
-        taken, gap = _most_value(groups, first, [1 if budget.kind == "dims" else t.rows for t in own], left)
+        weights = np.array([1 if budget.kind == "dims" else table.rows for table in own], np.float64)
+        taken, gap = _most_value(groups, first, weights, limit - held)
         settings |= {"knapsack_gap": gap} if gap else {}
     else:
-        rank = np.argsort(-groups.keys, kind="stable")
-        rank = np.concatenate([first, rank[~np.isin(rank, first)]])
-        if order == "fill":
-            rank = rank[_fill_order(groups.costs[rank], groups.sizes[rank], budget.limit(own) - left, left)]
-        taken = rank[: np.searchsorted(np.cumsum(groups.costs[rank]), left, side="right")]
-    dims = dims + multiple * np.bincount(groups.owners[taken], minlength=len(dims))
+        line = np.argsort(-groups.keys, kind="stable")
+        line = np.concatenate([first, line[~np.isin(line, first)]])
+        line = _fill_order(groups, line, held) if order == "fill" else line
+        taken = line[: np.searchsorted(groups.costs[line].cumsum(), limit - held, side="right")]
+    dims = floors + multiple * np.bincount(groups.owners[taken], minlength=len(own))
     if not dims.any():
         raise UserError(
             "the budget cannot hold the first-ranked columns, and order=stop ends there; raise the budget or use order=fill"
@@ -94,9 +95,7 @@ def allocate(
         )
     settings |= {"floor_share": floor_share} if floor_share else {}
     settings |= {"tables": {n: r.model_dump(exclude_defaults=True) for n, r in tables.items()}} if tables else {}
-    kept = {
-        name: sorted(columns[:dim].tolist()) for name, columns, dim in zip(names, ranked_columns, dims, strict=True)
-    }
+    kept = {name: sorted(columns[name][:dim].tolist()) for name, dim in zip(scores, dims, strict=True)}
     return _plan(scores, kept, budget, settings)
 
 
@@ -118,13 +117,11 @@ def check_budget(
     limit = budget.limit(own)
     floors = budget.cost(own, [fewest for fewest, _ in bounds.values()])
     if floors > limit:
-        asked = [
-            f"a floor of {min_dim} columns in each of {len(tables)} tables" if min_dim else "",
-            "the rules for tables" if rules else "",
-        ]
+        asked = [f"a floor of {min_dim} columns in each of {len(tables)} tables"] if min_dim else []
+        asked += ["the rules for tables"] if rules else []
         raise UserError(
-            f"{' and '.join(filter(None, asked))} needs {floors:,}, the budget allows {limit:,}; "
-            f"lower {'min_dim' if min_dim else 'them'} or raise the budget"
+            f"{' and '.join(asked)} {'need' if rules else 'needs'} {floors:,}, the budget allows {limit:,}; "
+            f"lower {'them' if rules else 'min_dim'} or raise the budget"
         )
     if not any(most for _, most in bounds.values()):
         raise UserError("the rules drop every table; leave one without fixed=0")
@@ -144,30 +141,27 @@ class _Groups:
         owners: the table's index.
         keys: what ranks them; not increasing within a table, so that a stable sort keeps that order.
         costs: in the budget's unit, after those before it in the table.
-        sizes: the highest cost of it and those before it in the table, which cannot come after it.
     """
 
     owners: np.ndarray
     keys: np.ndarray
     costs: np.ndarray
-    sizes: np.ndarray
 
 
 def _groups(
-    sorted_scores: list[np.ndarray],
+    ranked: list[np.ndarray],
     tables: list[Table],
     bounds: list[tuple[int, int]],
     budget: Budget,
     multiple: int,
     exponent: float,
 ) -> _Groups:
-    keys, costs, sizes = [], [], []
-    for values, table, (fewest, most) in zip(sorted_scores, tables, bounds, strict=True):
+    keys, costs = [], []
+    for values, table, (fewest, most) in zip(ranked, tables, bounds, strict=True):
         keys.append(values[fewest:most].reshape(-1, multiple).mean(axis=1) / float(table.rows) ** exponent)
         costs.append(np.diff(budget.costs(table, np.arange(fewest, most + 1, multiple))))
-        sizes.append(np.maximum.accumulate(costs[-1]))
     owners = np.repeat(np.arange(len(tables)), [len(own) for own in keys])
-    return _Groups(owners, np.concatenate(keys), np.concatenate(costs), np.concatenate(sizes))
+    return _Groups(owners, np.concatenate(keys), np.concatenate(costs))
 
 
 def _first_groups(groups: _Groups, shares: np.ndarray, floors: np.ndarray, floor_share: float) -> np.ndarray:
@@ -178,80 +172,54 @@ def _first_groups(groups: _Groups, shares: np.ndarray, floors: np.ndarray, floor
     return first[wanted][np.argsort(-density, kind="stable")]
 
 
-def _fill_order(costs: np.ndarray, sizes: np.ndarray, kept: int, left: int) -> np.ndarray:
-    """Rank order, in which a large group waits until cheaper ones have spent about as much as it will.
-
-    A group whose size is above a quarter of what is kept when its turn comes lets the smaller groups behind it go first, in
-    rank order and by the same rule, until the next of them would bring what they spend above its size; then it follows.
-    The order depends on costs and ranks alone, and a budget takes a beginning of it, up to the first group that does not
-    fit: of two budgets the lower one's beginning is part of the higher one's, so that nothing kept is dropped for more.
-    Within a table the order stays, because sizes do not fall along a table and only groups of smaller size go first.
-
-    Taking whatever still fits into the budget instead would drop columns for more budget: of a group that scores 10 and
-    costs 10 and one that scores 1 and costs 1, a budget of 5 would keep the second and one of 10 the first only.
+def _fill_order(groups: _Groups, line: np.ndarray, kept: int) -> np.ndarray:
+    """The order in which "fill" takes groups; no budget enters it, and one takes its beginning: so more budget drops nothing.
 
     Args:
-        costs: of the groups in rank order [N].
-        sizes: of the groups in rank order [N].
+        groups: all [N].
+        line: their indices in rank order [N].
         kept: what the floors cost.
-        left: what may be spent; the order ends where that is exceeded.
 
     Returns:
-        Indices into the ranks, as many as matter.
+        Their indices in the order [N].
     """
-    end, limit = kept + left + int(costs.sum()), kept + left
-    ordered: list[np.ndarray] = []
-    taken = np.zeros(len(costs), bool)
-    candidates = np.arange(len(costs))
-    waiting: list[tuple[int, np.ndarray, int]] = []
-    while kept <= limit:
-        candidates = candidates[~taken[candidates]]
-        after = kept + np.cumsum(costs[candidates])
-        large = _LARGE * sizes[candidates] > after - costs[candidates]
-        halts = np.flatnonzero(large | (after > end))
-        halt = halts[0] if len(halts) else len(candidates)
-        ordered.append(candidates[:halt])
-        kept = int(after[halt - 1]) if halt else kept
-        taken[candidates[:halt]] = True
-        if halt < len(candidates) and after[halt] <= end:
-            group, behind = candidates[halt], candidates[halt + 1 :]
-            waiting.append((group, behind, end))
-            candidates, end = behind[sizes[behind] < sizes[group]], kept + int(sizes[group])
-        elif waiting:
-            group, candidates, end = waiting.pop()
-            ordered.append(np.array([group]))
-            kept += int(costs[group])
-            taken[group] = True
-        else:
-            break
-    return np.concatenate(ordered) if ordered else candidates[:0]
+    places = np.empty_like(line)
+    places[line] = np.arange(len(line))
+    costs, ranks, owners = groups.costs.tolist(), places.tolist(), groups.owners.tolist()
+    best = np.unique(groups.owners, return_index=True)[1].tolist()
+    waiting = [(costs[group], ranks[group], group) for group in best]  # the next group of every table
+    heapq.heapify(waiting)
+    small: list[tuple[int, int]] = []
+    order: list[int] = []
+    largest = max(costs, default=0)
+    while kept < 2 * largest and len(order) < len(line):
+        while waiting and (not small or 2 * waiting[0][0] <= kept):
+            heapq.heappush(small, heapq.heappop(waiting)[1:])
+        _, group = heapq.heappop(small)
+        order.append(group)
+        kept += costs[group]
+        if group + 1 < len(owners) and owners[group + 1] == owners[group]:
+            heapq.heappush(waiting, (costs[group + 1], ranks[group + 1], group + 1))
+    return np.concatenate([np.array(order, np.int64), line[~np.isin(line, order)]])  # all that is left is small
 
 
-def _most_value(groups: _Groups, first: np.ndarray, weights: list[int], left: int) -> tuple[np.ndarray, float]:
+def _most_value(groups: _Groups, first: np.ndarray, weights: np.ndarray, left: int) -> tuple[np.ndarray, float]:
     """The groups of the most value that `left` can hold, soft floors held as far as they fit, and the share still in doubt."""
-    held = np.zeros(len(weights), bool)
+    held = []
     for group in first:
         if groups.costs[group] <= left:
-            held[groups.owners[group]] = True
+            held.append(group)
             left -= int(groups.costs[group])
-    taken = first[held[groups.owners[first]]]
-    free = ~np.isin(np.arange(len(groups.keys)), taken)
+    free = np.setdiff1d(np.arange(len(groups.keys)), held)
     owners = groups.owners[free]
-    counts = np.bincount(owners, minlength=len(weights))
-    inside = np.arange(counts.max(initial=0)) < counts[:, None]
-    costs, values = np.zeros(inside.shape, np.int64), np.full(inside.shape, -np.inf)
-    costs[inside] = groups.costs[free]
-    values[inside] = groups.keys[free] * np.array(weights, np.float64)[owners]
-    none = np.zeros((len(weights), 1), np.int64)
-    choice = knapsack.solve(
-        np.hstack([none, np.where(inside, costs.cumsum(axis=1), 0)]),
-        np.hstack([none.astype(np.float64), values.cumsum(axis=1)]),
-        left,
-    )
-    chosen = np.flatnonzero(free)[
-        np.concatenate([np.arange(n) < k for n, k in zip(counts, choice.options, strict=True)])
-    ]
-    return np.concatenate([taken, chosen]), choice.gap
+    places = np.arange(len(free)) - np.searchsorted(owners, owners)  # within the table
+    costs = np.zeros((len(weights), places.max(initial=-1) + 2), np.int64)
+    values = np.full(costs.shape, -np.inf)
+    values[:, 0] = 0.0
+    costs[owners, places + 1] = groups.costs[free]
+    values[owners, places + 1] = groups.keys[free] * weights[owners]
+    choice = knapsack.solve(costs.cumsum(axis=1), values.cumsum(axis=1), left)
+    return np.append(held, free[places < choice.options[owners]]).astype(np.int64), choice.gap
 
 
 def _plan(

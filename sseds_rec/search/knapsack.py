@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: What is better by less than this share of the value is not better: the scores' own rounding adds up to more.
+#: What is better by less than this share of all values counts as equal: it is what rounding adds up to.
 TOLERANCE = 1e-12
 #: The search goes on with this many partial choices at first, which mostly is enough, and with four times as many where
 #: it is not, while partial choices x options stay below the other number: about a second's work.
@@ -48,12 +48,13 @@ def solve(costs: np.ndarray, values: np.ndarray, capacity: int) -> Choice:
     """
     unit = int(np.gcd.reduce(costs, axis=None)) or 1
     costs, capacity = costs // unit, capacity // unit
+    values = values / (float(values.max(axis=1).sum()) or 1.0)  # all add up to 1: below TOLERANCE is rounding
     price, start = _price(costs, values, capacity)
     if price == 0:
         return Choice(start, 0.0)
     changes = _changes(costs, values, start, price, capacity)
-    bound = float(values[np.arange(len(costs)), start].sum()) + price * changes.slack
-    best, least = start, price * changes.slack
+    best, least = start, changes.start_loss
+    bound = float(values[np.arange(len(costs)), start].sum()) + least
     reach, states = price * int(costs[costs > 0].min()), _FEWEST_STATES
     while True:
         found = _search(changes, min(reach, least), states, TOLERANCE * bound)
@@ -78,7 +79,6 @@ def _price(costs: np.ndarray, values: np.ndarray, capacity: int) -> tuple[float,
     """
     rows = np.arange(len(costs))
     fits, over = np.zeros(len(costs), np.int64), values.argmax(axis=1)
-    most = float(values[rows, over].sum())
     if costs[rows, over].sum() <= capacity:
         return 0.0, over
     while True:
@@ -86,7 +86,7 @@ def _price(costs: np.ndarray, values: np.ndarray, capacity: int) -> tuple[float,
         price = gained / int(costs[rows, over].sum() - costs[rows, fits].sum())
         after_paying = values - price * costs
         best = after_paying.argmax(axis=1)
-        if after_paying[rows, best].sum() - after_paying[rows, fits].sum() <= TOLERANCE * most:
+        if after_paying[rows, best].sum() - after_paying[rows, fits].sum() <= TOLERANCE:
             return price, fits
         if costs[rows, best].sum() <= capacity:
             fits = best
@@ -102,9 +102,10 @@ class _Changes:
         start: int64 [T], the options at the start.
         more: int64 [T, J], cost above the start's; negative if it saves.
         gain: float64 [T, J], value above the start's.
-        loss: float64 [T, J], price x more - gain, not negative.
+        loss: float64 [T, J], what it loses against the class's best at the price.
         price: of a unit of cost.
         slack: what the start leaves of the capacity.
+        start_loss: what the start loses, which is the price of the slack and the price's rounding.
     """
 
     start: np.ndarray
@@ -113,13 +114,16 @@ class _Changes:
     loss: np.ndarray
     price: float
     slack: int
+    start_loss: float
 
 
 def _changes(costs: np.ndarray, values: np.ndarray, start: np.ndarray, price: float, capacity: int) -> _Changes:
     rows = np.arange(len(costs))
-    own = costs[rows, start]
-    more, gain = costs - own[:, None], values - values[rows, start][:, None]
-    return _Changes(start, more, gain, np.maximum(price * more - gain, 0.0), price, capacity - int(own.sum()))
+    after_paying = values - price * costs
+    loss = after_paying.max(axis=1, keepdims=True) - after_paying
+    more, gain = costs - costs[rows, start][:, None], values - values[rows, start][:, None]
+    slack = capacity - int(costs[rows, start].sum())
+    return _Changes(start, more, gain, loss, price, slack, float(loss[rows, start].sum()) + price * slack)
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _search(changes: _Changes, reach: float, most_states: int, zero: float) -> _
     largest = np.where(near[classes], np.abs(changes.more[classes]), 0).max(axis=1)
     classes = classes[np.argsort(-largest, kind="stable")]
     relaxed = _Relaxed(changes, near, classes)
-    slack, loss = np.array([changes.slack]), np.array([changes.price * changes.slack])
+    slack, loss = np.array([changes.slack]), np.array([changes.start_loss])
     layers: list[tuple[np.ndarray, np.ndarray]] = []
     dropped = np.inf
     for depth, row in enumerate(classes):
@@ -184,11 +188,9 @@ def _search(changes: _Changes, reach: float, most_states: int, zero: float) -> _
 
 
 def _near(changes: _Changes, reach: float) -> np.ndarray:
-    """bool [T, J]: other options than the start's that lose at most `reach`; none of which the next costs the
-    same and is no worse.
-    """
+    """bool [T, J]: other options than the start's that lose at most `reach`, unless the next costs the same and is better."""
     near = changes.loss <= reach
-    near[:, :-1] &= (changes.more[:, 1:] > changes.more[:, :-1]) | (changes.gain[:, 1:] < changes.gain[:, :-1])
+    near[:, :-1] &= (changes.more[:, 1:] > changes.more[:, :-1]) | (changes.gain[:, 1:] <= changes.gain[:, :-1])
     near[np.arange(len(near)), changes.start] = False
     return near
 
@@ -228,8 +230,9 @@ class _Relaxed:
         self._classes, self._renewal = len(classes), 0
 
     def loss(self, slack: np.ndarray, depth: int) -> np.ndarray:
-        """float64 [S], the least loss with the classes behind `depth`, which does not fall from call to call; inf:
-        not to be saved.
+        """The least losses [S] of slacks [S] with the classes behind `depth`; inf where too little can be saved.
+
+        From call to call `depth` does not fall.
         """
         if depth >= self._renewal:
             # With many classes left it may be that of a few more, which is little lower.

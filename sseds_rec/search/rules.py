@@ -79,9 +79,9 @@ def _bounds(name: str, table: Table, multiple: int, min_dim: int, rule: TableRul
     most = table.dim if rule.max_dim is None else min(rule.max_dim // multiple * multiple, table.dim)
     own = _up(rule.min_dim, multiple)
     if most < max(own, multiple):
-        wanted = f"min_dim={rule.min_dim} and " if rule.min_dim else ""
+        limits = f"max_dim={rule.max_dim}" + (f" with min_dim={rule.min_dim}" if rule.min_dim else "")
         raise UserError(
-            f"table {name}: {wanted}max_dim={rule.max_dim} leave no width that is a multiple of {multiple}; raise max_dim"
+            f"table {name}: {limits} leaves no width that is a multiple of {multiple}; raise max_dim"
             + ("" if rule.min_dim else ", or set fixed=0 to drop the table")
         )
     fewest = max(own, _up(min_dim, multiple), multiple if rule.drop == "never" else 0)

@@ -1,22 +1,25 @@
-"""Allocations against brute force and the paper's rule, and the plan as a file."""
+"""The orders against a slow reading of their definitions and by what they promise, and the plan as a file."""
 
 from __future__ import annotations
 
-import itertools
 import json
-from functools import reduce
-from itertools import pairwise
-from operator import add
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrec.modules.embedding_configs import PoolingType
 
 import sseds_rec as sr
 from sseds_rec.search.scores import DimensionScores, Table
+from tests.search.problems import Problem, make_scores, problems
+
+GREEDY = ("stop", "fill")
+ORDERS = ("stop", "fill", "knapsack")
+#: What is asked, as a part of what everything costs; above 1 for the transforms.
+PARTS = st.floats(0.0, 1.5)
 
 
 def _scores(values: dict[str, list[float]], rows: dict[str, int]) -> DimensionScores:
@@ -26,90 +29,109 @@ def _scores(values: dict[str, list[float]], rows: dict[str, int]) -> DimensionSc
     )
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[DimensionScores, int]:
-    multiple = draw(st.sampled_from([1, 2, 4]))
-    values, rows = {}, {}
-    for index in range(draw(st.integers(1, 5))):
-        dim = multiple * draw(st.integers(1, 4))
-        # few distinct values, so that ties happen
-        values[f"t{index}"] = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 7.0]), min_size=dim, max_size=dim))
-        rows[f"t{index}"] = draw(st.integers(1, 50))
-    values["t0"][0] = 1.0
-    return _scores(values, rows), multiple
+def _plan(problem: Problem, amount: int, order: str) -> sr.DimensionPlan | None:
+    """The plan, or None where the amount allows none."""
+    try:
+        return problem.allocate(amount, order)
+    except sr.UserError as error:
+        assert "\n" not in str(error) and ("raise the budget" in str(error) or "drop every table" in str(error))
+        return None
 
 
-def _used(plan: sr.DimensionPlan) -> int:
-    return sum(t.rows * t.embedding_dim for t in plan.tables.values())
+@settings(max_examples=400, deadline=None)
+@given(problems(), PARTS, st.sampled_from(GREEDY))
+def test_the_greedy_orders_follow_their_definition(problem: Problem, part: float, order: str) -> None:
+    amount = max(2, int(part * problem.full()))
+    plan = _plan(problem, amount, order)
+    floors = problem.total({name: fewest for name, (fewest, _) in problem.limits.items()})
+    if floors > amount:
+        assert plan is None
+        return
+    widths = problem.widths(amount, order)
+    assert (plan.dims() if plan else dict.fromkeys(problem.names, 0)) == widths
+    for name, table in plan.tables.items() if plan else ():
+        assert table.kept == sorted(problem.best_columns(name)[: widths[name]])
 
 
-def _total(plan: sr.DimensionPlan) -> int:
-    return sum(t.rows * t.original_dim for t in plan.tables.values())
+@settings(max_examples=400, deadline=None)
+@given(problems(), st.integers(1, 100), st.sampled_from(ORDERS))
+def test_the_reached_budget_is_counted_right_and_never_above_the_asked(
+    problem: Problem, percent: int, order: str
+) -> None:
+    plan = _plan(problem, percent / 100, order)
+    if plan is None:
+        return
+    kept, full = problem.total(plan.dims()), problem.full()
+    assert kept * 100 <= percent * full  # in whole numbers
+    counted = (
+        "parameters_and_transforms" if problem.kind == "parameters" and problem.options["transforms"] else problem.kind
+    )
+    assert plan.reached[counted] == {"kept": kept, "of": full, "fraction": kept / full}
+    assert plan.reached["parameters"]["kept"] == sum(t.rows * len(t.kept) for t in plan.tables.values())
+    assert plan.reached["stored_parameters"]["kept"] == sum(t.rows * t.stored_dim for t in plan.tables.values())
+    assert plan.reached["dims"]["kept"] == sum(len(t.kept) for t in plan.tables.values())
+    for name, table in plan.tables.items():
+        assert table.stored_dim % 4 == 0 and 0 <= table.stored_dim - len(table.kept) < 4
+        assert table.kept == sorted(problem.best_columns(name)[: len(table.kept)])
+        fewest, most = problem.limits[name]
+        assert fewest <= len(table.kept) <= most and len(table.kept) % problem.multiple == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.lists(PARTS, min_size=2, max_size=8), st.sampled_from(GREEDY))
+def test_more_budget_never_drops_a_column_in_the_greedy_orders(
+    problem: Problem, parts: list[float], order: str
+) -> None:
+    before: sr.DimensionPlan | None = None
+    for part in sorted(parts):
+        plan = _plan(problem, max(2, int(part * problem.full())), order)
+        for name, table in before.tables.items() if before else ():
+            assert plan is not None and set(table.kept) <= set(plan.tables[name].kept)
+        before = plan
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    problems(), st.decimals("0.01", "1", places=2), st.sampled_from(["fill", "stop"]), st.sampled_from([0.0, 0.5, 1.0])
-)
-def test_budget_is_never_exceeded_and_best_columns_of_a_table_stay(problem, share, order, exponent) -> None:  # type: ignore[no-untyped-def]
-    scores, multiple = problem
-    try:
-        plan = sr.allocate(
-            scores, sr.Budget(parameters=float(share)), multiple=multiple, exponent=exponent, order=order
-        )
-    except sr.UserError:
+@given(problems(), PARTS)
+def test_fill_spends_two_thirds_of_the_budget_or_nothing_more_fits(problem: Problem, part: float) -> None:
+    amount = max(2, int(part * problem.full()))
+    plan = _plan(problem, amount, "fill")
+    if plan is None:
         return
-    assert _used(plan) * 100 <= int(share * 100) * _total(plan)  # in whole numbers
-    assert plan.reached["parameters"] == {
-        "kept": _used(plan),
-        "of": _total(plan),
-        "fraction": _used(plan) / _total(plan),
-    }
-    assert plan.reached["parameters"]["fraction"] <= float(share)
-    for name, table in plan.tables.items():
-        assert len(table.kept) % multiple == 0
-        assert table.stored_dim % 4 == 0 and 0 <= table.stored_dim - len(table.kept) < 4
-        dropped = set(range(table.original_dim)) - set(table.kept)
-        best_dropped = max((float(scores[name][c]) for c in dropped), default=-1.0)
-        assert all(float(scores[name][c]) >= best_dropped for c in table.kept)
+    spent = problem.total(plan.dims())
+    for name, width in plan.dims().items():
+        if width < problem.limits[name][1]:
+            more = problem.cost(name, width + problem.multiple) - problem.cost(name, width)
+            assert spent + more > amount or 3 * spent > 2 * amount
 
 
-@settings(max_examples=200, deadline=None)
-@given(problems(), st.sampled_from([0.0, 0.5, 1.0]), st.integers(1, 400))
-def test_stop_follows_its_definition(problem, exponent, count) -> None:  # type: ignore[no-untyped-def]
-    """An independent, one-column-at-a-time reading of the rule, with lists and sorts."""
-    scores, multiple = problem
-    groups = []
-    for index, name in enumerate(scores):
-        columns = sorted(range(scores.tables[name].dim), key=lambda c, name=name: (-float(scores[name][c]), c))
-        for rank in range(0, len(columns), multiple):
-            members = columns[rank : rank + multiple]
-            mean = reduce(add, (float(scores[name][c]) for c in members)) / multiple  # `sum` compensates from 3.12 on
-            groups.append((-mean / scores.tables[name].rows ** exponent, index, rank, name, members))
-    limit, used, expected = (
-        count if count > 1 else sum(t.rows * t.dim for t in scores.tables.values()),
-        0,
-        {name: [] for name in scores},
-    )
-    ranks = sorted(rank for rank, *_ in groups)
-    # A tie is a tie, but two means that only rounding tells apart have no defined order.
-    assume(all(b == a or b - a > 1e-12 for a, b in pairwise(ranks)))
-    for _, _, _, name, members in sorted(groups, key=lambda g: g[:3]):
-        cost = len(members) * scores.tables[name].rows
-        if used + cost <= limit:
-            used += cost
-            expected[name] += members
-        else:
-            break
-    budget = sr.Budget(parameters=count)
-    if not any(expected.values()):
-        with pytest.raises(sr.UserError, match="keeps no column|first-ranked"):
-            sr.allocate(scores, budget, multiple=multiple, exponent=exponent, order="stop")
-        return
-    plan = sr.allocate(scores, budget, multiple=multiple, exponent=exponent, order="stop")
-    assert {name: t.kept for name, t in plan.tables.items()} == {
-        name: sorted(columns) for name, columns in expected.items()
-    }
+@settings(max_examples=100, deadline=None)
+@given(problems(), PARTS, st.sampled_from(ORDERS))
+def test_the_same_question_has_the_same_answer(problem: Problem, part: float, order: str) -> None:
+    plans = [_plan(problem, max(2, int(part * problem.full())), order) for _ in range(2)]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_ties_go_to_the_first_table_and_the_lower_columns(order: Any) -> None:
+    scores = make_scores([[1.0] * 8] * 3, [5, 5, 5])
+    plan = sr.allocate(scores, sr.Budget(parameters=20), order=order)
+    assert [table.kept for table in plan.tables.values()] == [[0, 1, 2, 3], [], []]
+
+
+@pytest.mark.parametrize("order", GREEDY)
+def test_ties_fill_one_table_before_the_next(order: Any) -> None:
+    plan = sr.allocate(make_scores([[1.0] * 8] * 3, [5, 5, 5]), sr.Budget(parameters=0.5), order=order)
+    assert [table.kept for table in plan.tables.values()] == [[*range(8)], [0, 1, 2, 3], []]
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(multiples=(8, 16), groups=3), PARTS, st.sampled_from(GREEDY))
+def test_wider_multiples(problem: Problem, part: float, order: str) -> None:
+    amount = max(2, int(part * problem.full()))
+    plan = _plan(problem, amount, order)
+    if plan is not None:
+        assert all(len(table.kept) % problem.multiple == 0 for table in plan.tables.values())
+        assert problem.total(plan.dims()) <= amount
 
 
 def test_paper_order_equals_a_threshold_on_the_scores() -> None:
@@ -136,28 +158,40 @@ def test_ranking_by_rows_keeps_fields_that_the_paper_order_drops() -> None:
     )
     budget = sr.Budget(parameters=0.6)
     assert sr.allocate(scores, budget, exponent=0.0, order="stop").dims() == {"big": 4, "small": 0, "tiny": 0}
-    assert sr.allocate(scores, budget, exponent=0.5, order="fill").dims() == {"big": 4, "small": 8, "tiny": 8}
+    assert sr.allocate(scores, budget, exponent=0.5, order="knapsack").dims() == {"big": 4, "small": 8, "tiny": 8}
 
 
-def test_floor_is_kept_by_every_table_and_rounded_up() -> None:
-    scores = _scores({"a": [9.0] * 8, "b": [0.0] * 7 + [0.1]}, {"a": 10, "b": 10})
-    plan = sr.allocate(scores, sr.Budget(parameters=0.5), min_dim=1)
-    assert plan.dims() == {"a": 4, "b": 4}
-    assert 7 in plan.tables["b"].kept
-    with pytest.raises(sr.UserError, match="a floor of 5 columns in each of 2 tables needs 160, the budget allows 80"):
-        sr.allocate(scores, sr.Budget(parameters=0.5), min_dim=5)
+def test_fill_lets_small_groups_go_before_a_large_one_until_it_is_half_of_what_is_kept() -> None:
+    """Groups cost 40 of "big", 8 of "small" and 4 of "tiny", and are ranked in that order."""
+    scores = _scores({"big": [9.0] * 8, "small": [5.0] * 40, "tiny": [1.0] * 40}, {"big": 10, "small": 2, "tiny": 1})
+    at = {
+        amount: sr.allocate(scores, sr.Budget(parameters=amount), exponent=0.0, order="fill").dims()
+        for amount in (4, 15, 16, 79, 80, 119, 120)
+    }
+    assert at[4] == {"big": 0, "small": 0, "tiny": 4}  # the cheapest, for want of anything small
+    assert at[15] == {"big": 0, "small": 0, "tiny": 12}
+    assert at[16] == {"big": 0, "small": 0, "tiny": 16}  # and from here on "small" is
+    assert at[79] == {"big": 0, "small": 28, "tiny": 16}
+    assert at[80] == {"big": 0, "small": 32, "tiny": 16}  # now big's 40 are half of it, and they come next
+    assert at[119] == at[80] and at[120] == {"big": 4, "small": 32, "tiny": 16}
 
 
-def test_dims_budget_counts_columns_and_not_rows() -> None:
-    scores = _scores({"a": [5.0] * 8, "b": [1.0] * 8}, {"a": 1000, "b": 1})
-    plan = sr.allocate(scores, sr.Budget(dims=0.5), exponent=0.0)
-    assert plan.dims() == {"a": 8, "b": 0} and plan.reached["dims"]["fraction"] == 0.5
+@pytest.mark.parametrize("order", ["knapsack", "fill"])
+def test_a_soft_floor_keeps_every_table_that_scores_as_far_as_the_budget_goes(order: Any) -> None:
+    scores = make_scores([[10.0] * 16, [0.2] * 16, [0.1] * 16, [0.0] * 16], [10, 10, 10, 10])
+    plan = sr.allocate(scores, sr.Budget(dims=0.25), order=order, floor_share=0.001)
+    assert list(plan.dims().values()) == [8, 4, 4, 0]
+    plan = sr.allocate(scores, sr.Budget(dims=8), order=order, floor_share=0.001)
+    assert list(plan.dims().values()) == [4, 4, 0, 0]  # the larger shares first
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.5, -3])
-def test_budgets_outside_their_range_are_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="is not a share in"):
-        sr.Budget(parameters=value)
+def test_the_plan_says_how_it_was_made() -> None:
+    scores = _scores({"a": [1.0] * 8, "b": [2.0] * 8}, {"a": 10, "b": 10})
+    plan = sr.allocate(scores, sr.Budget(dims=0.5), order="fill")
+    assert plan.search == {"criterion": "snip", "multiple": 4, "min_dim": 0, "exponent": 0.5, "order": "fill"}
+    rules = {"a": sr.TableRule(drop="never")}
+    plan = sr.allocate(scores, sr.Budget(dims=0.5), order="fill", floor_share=0.1, tables=rules)
+    assert plan.search["floor_share"] == 0.1 and plan.search["tables"] == {"a": {"drop": "never"}}
 
 
 def test_impossible_allocations_are_refused() -> None:
@@ -172,11 +206,20 @@ def test_impossible_allocations_are_refused() -> None:
         _scores({"a": [float("nan")] * 4}, {"a": 1})
 
 
-def test_a_thousand_tables_take_little() -> None:
+def test_an_order_that_keeps_nothing_is_refused() -> None:
+    scores = _scores({"large": [1.0] * 4, "small": [0.0] * 4}, {"large": 1000, "small": 1})
+    with pytest.raises(sr.UserError, match="cannot hold the first-ranked columns, and order=stop ends there"):
+        sr.allocate(scores, sr.Budget(parameters=100), order="stop")
+    with pytest.raises(sr.UserError, match="the columns that the budget can hold score 0"):
+        sr.allocate(scores, sr.Budget(parameters=100), order="knapsack")
+    assert sr.allocate(scores, sr.Budget(parameters=100), order="fill").dims() == {"large": 0, "small": 4}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_thousand_tables(order: Any) -> None:
     torch.manual_seed(0)
-    rows = {f"t{i}": 10 + i for i in range(1000)}
-    scores = _scores({name: torch.rand(512).tolist() for name in rows}, rows)
-    plan = sr.allocate(scores, sr.Budget(parameters=0.1))
+    scores = make_scores(torch.rand(1000, 512).tolist(), [10 + i for i in range(1000)])
+    plan = sr.allocate(scores, sr.Budget(parameters=0.1), order=order)
     assert 0.0999 < plan.reached["parameters"]["fraction"] <= 0.1
 
 
@@ -222,9 +265,3 @@ def test_missing_and_unreadable_plans(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"version": 1, "tab')
     with pytest.raises(sr.UserError, match="half.json: not valid JSON"):
         sr.DimensionPlan.load(tmp_path / "half.json")
-
-
-def test_ties_are_decided_by_table_and_column_order() -> None:
-    values = dict(zip("abc", itertools.repeat([1.0] * 8), strict=False))
-    plan = sr.allocate(_scores(values, {"a": 5, "b": 5, "c": 5}), sr.Budget(parameters=0.5), order="fill")
-    assert {n: t.kept for n, t in plan.tables.items()} == {"a": [*range(8)], "b": [0, 1, 2, 3], "c": []}

@@ -1,274 +1,143 @@
-"""Budgets of every kind, counted anew from the plan; orders by their promises; the knapsack against brute force."""
+"""What budgets count, how they read the amount asked, and which they refuse."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sseds_rec as sr
-from sseds_rec.search.scores import DimensionScores, Table
+from sseds_rec.search.scores import Table
+from tests.search.problems import STATES, Problem, problems
 
-#: Optimizer -> (float32 numbers a column, float32 numbers a row): what FBGEMM keeps beside the weights.
-STATES = {
-    "sgd": (0, 0),
-    "adagrad": (1, 0),
-    "rowwise_adagrad": (0, 1),
-    "adam": (2, 0),
-    "partial_rowwise_adam": (1, 1),
-    "lamb": (2, 0),
-    "partial_rowwise_lamb": (1, 1),
-    "lars_sgd": (1, 0),
-}
-
-
-def make_scores(values: list[list[float]], rows: list[int]) -> DimensionScores:
-    tables = {f"t{i}": Table(n, len(own)) for i, (own, n) in enumerate(zip(values, rows, strict=True))}
-    raw = {name: torch.tensor(own, dtype=torch.float64) for name, own in zip(tables, values, strict=True)}
-    return DimensionScores(raw, tables, {})
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[DimensionScores, int]:
-    multiple = draw(st.sampled_from([1, 2, 4]))
-    values, rows = [], []
-    for _ in range(draw(st.integers(1, 4))):
-        dim = multiple * draw(st.integers(1, 3))
-        values.append(draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 7.0]), min_size=dim, max_size=dim)))
-        rows.append(draw(st.integers(1, 60)))
-    values[0][0] = 1.0
-    return make_scores(values, rows), multiple
-
-
-@st.composite
-def options(draw: st.DrawFn) -> dict[str, Any]:
-    kind = draw(st.sampled_from(["parameters", "dims", "bytes"]))
-    found: dict[str, Any] = {"kind": kind}
-    if kind == "bytes":
-        found |= {
-            "optimizer": draw(st.sampled_from([*STATES])),
-            "precision": draw(st.sampled_from(["fp32", "fp16", "bf16"])),
-        }
-    if kind != "dims":
-        found["transforms"] = draw(st.booleans())
-    return found
-
-
-def budget_of(kind: str, value: float | int, **others: Any) -> sr.Budget:
-    return sr.Budget.model_validate({kind: value, **others})
-
-
-def cost(tables: list[Table], dims: list[int], kind: str, **others: Any) -> int:
-    """What tables of these widths cost."""
-    total = 0
-    for table, dim in zip(tables, dims, strict=True):
-        stored = (dim + 3) // 4 * 4
-        if kind == "dims":
-            total += dim
-        elif kind == "parameters":
-            total += table.rows * dim
-        else:
-            wide, single = STATES[others["optimizer"]]
-            weight = {"fp32": 4, "fp16": 2, "bf16": 2}[others["precision"]]
-            total += table.rows * (stored * (weight + 4 * wide) + (4 * single if dim else 0))
-        if others.get("transforms"):
-            total += table.dim * dim * (12 if kind == "bytes" else 1)
-    return total
+TABLES = [Table(rows=10, dim=8), Table(rows=3, dim=4)]
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    problems(),
-    options(),
-    st.integers(1, 100),
-    st.sampled_from(["knapsack", "fill", "stop"]),
-    st.sampled_from([0, 0.5, 1]),
-)
-def test_the_reached_budget_is_counted_right_and_never_above_the_asked(
-    problem, chosen, percent, order, exponent
-) -> None:  # type: ignore[no-untyped-def]
-    scores, multiple = problem
-    tables = list(scores.tables.values())
-    full = cost(tables, [t.dim for t in tables], **{**chosen, "transforms": False})
-    try:
-        plan = sr.allocate(
-            scores, budget_of(value=percent / 100, **chosen), multiple=multiple, order=order, exponent=exponent
-        )
-    except sr.UserError:
-        return
-    kept = cost(tables, list(plan.dims().values()), **chosen)
-    assert kept * 100 <= percent * full
-    key = "parameters_and_transforms" if chosen["kind"] == "parameters" and chosen["transforms"] else chosen["kind"]
-    assert plan.reached[key] == {"kept": kept, "of": full, "fraction": kept / full}
-    assert all(dim % multiple == 0 for dim in plan.dims().values())
-
-
-@settings(max_examples=300, deadline=None)
-@given(problems(), options(), st.integers(2, 3000), st.integers(0, 3000), st.sampled_from(["fill", "stop"]))
-def test_more_budget_never_drops_a_column_in_the_greedy_orders(problem, chosen, count, more, order) -> None:  # type: ignore[no-untyped-def]
-    scores, multiple = problem
-    scale = 40 if chosen["kind"] == "bytes" else 1
-    plans = []
-    for value in (count * scale, (count + more) * scale):
-        try:
-            plans.append(sr.allocate(scores, budget_of(value=value, **chosen), multiple=multiple, order=order))
-        except sr.UserError:
-            plans.append(None)
-    if plans[0] is None:
-        return
-    assert plans[1] is not None
-    for name, table in plans[0].tables.items():
-        assert set(table.kept) <= set(plans[1].tables[name].kept)
-
-
-@settings(max_examples=300, deadline=None)
-@given(problems(), options(), st.integers(2, 3000), st.sampled_from([0.0, 0.5, 1.0]))
-def test_the_knapsack_is_the_best_of_all_widths(problem, chosen, count, exponent) -> None:  # type: ignore[no-untyped-def]
-    scores, multiple = problem
-    limit = count * (40 if chosen["kind"] == "bytes" else 1)
-    tables = list(scores.tables.values())
-    columns = [sorted(own.tolist(), reverse=True) for own in scores.values()]
-
-    def value(dims: tuple[int, ...]) -> float:
-        by_table = zip(columns, dims, tables, strict=True)
-        return sum(
-            sum(own[:d]) * (t.rows ** (1 - exponent) if chosen["kind"] != "dims" else t.rows**-exponent)
-            for own, d, t in by_table
-        )
-
-    every = itertools.product(*(range(0, t.dim + 1, multiple) for t in tables))
-    best = max(value(dims) for dims in every if cost(tables, list(dims), **chosen) <= limit)
-    try:
-        plan = sr.allocate(
-            scores, budget_of(value=limit, **chosen), multiple=multiple, order="knapsack", exponent=exponent
-        )
-    except sr.UserError:
-        assert best == 0 or min(cost([t], [multiple], **chosen) for t in tables) > limit
-        return
-    assert value(tuple(plan.dims().values())) == pytest.approx(best, rel=1e-9)
-    assert plan.search.get("knapsack_gap", 0) == 0
-
-
-def _fill(groups: list[tuple[int, int]], kept: int, end: float) -> list[tuple[int, int]]:
-    """(number, size) in rank order -> the order in which "fill" takes them, read off its rule."""
-    ordered: list[tuple[int, int]] = []
-    while groups:
-        first, *behind = groups
-        if kept + first[1] > end:
-            break
-        if 4 * first[1] > kept:  # it waits
-            smaller = [group for group in behind if group[1] < first[1]]
-            before = _fill(smaller, kept, kept + first[1])
-            ordered += before
-            kept += sum(size for _, size in before)
-            behind = [group for group in behind if group not in before]
-        ordered.append(first)
-        kept += first[1]
-        groups = behind
-    return ordered
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 200), st.integers(1, 3)), min_size=1, max_size=6),
-    st.integers(4, 3000),
-    st.randoms(use_true_random=False),
-)
-def test_fill_lets_smaller_groups_go_before_large_ones(shapes, limit, random) -> None:  # type: ignore[no-untyped-def]
-    rows, widths = zip(*shapes, strict=True)
-    total = sum(widths)
-    draws = iter(random.sample(range(1, 10 * total), total))
-    values = [sorted((float(next(draws)) for _ in range(width)), reverse=True) for width in widths]
-    scores = make_scores([[v for v in own for _ in range(4)] for own in values], list(rows))
-    by_rank = sorted(((v, t) for t, own in enumerate(values) for v in own), reverse=True)
-    groups = [(number, 4 * rows[t]) for number, (_, t) in enumerate(by_rank)]
-    spent, dims = 0, [0] * len(rows)
-    for number, size in _fill(groups, 0, float("inf")):
-        spent += size
-        if spent > limit:
-            break
-        dims[by_rank[number][1]] += 4
-    try:
-        plan = sr.allocate(scores, sr.Budget(parameters=limit), order="fill", exponent=0.0)
-    except sr.UserError:
-        assert not any(dims)
-        return
-    assert list(plan.dims().values()) == dims
-
-
-def test_ties_go_to_the_first_table_and_the_lower_column() -> None:
-    scores = make_scores([[1.0] * 8, [1.0] * 8], [10, 10])
-    for order in ("knapsack", "fill", "stop"):
-        plan = sr.allocate(scores, sr.Budget(parameters=0.25), order=order)  # type: ignore[arg-type]
-        assert [table.kept for table in plan.tables.values()] == [[0, 1, 2, 3], []]
-        again = sr.allocate(scores, sr.Budget(parameters=0.25), order=order)  # type: ignore[arg-type]
-        assert again.model_dump() == plan.model_dump()
-
-
-@pytest.mark.parametrize("multiple", [8, 16])
-def test_wider_multiples(multiple: int) -> None:
-    torch.manual_seed(0)
-    scores = make_scores(torch.rand(3, 32).tolist(), [7, 90, 1000])
-    for order in ("knapsack", "fill", "stop"):
-        plan = sr.allocate(scores, sr.Budget(dims=0.5), multiple=multiple, order=order)  # type: ignore[arg-type]
-        assert any(plan.dims().values()) and all(dim % multiple == 0 for dim in plan.dims().values())
-
-
-@pytest.mark.parametrize("order", ["knapsack", "fill", "stop"])
-def test_rules_for_single_tables_hold(order: Any) -> None:
-    torch.manual_seed(0)
-    scores = make_scores(torch.rand(5, 16).tolist(), [50] * 5)
-    rules = {
-        "t0": sr.TableRule(fixed=12),
-        "t1": sr.TableRule(max_dim=4),
-        "t2": sr.TableRule(min_dim=5),
-        "t3": sr.TableRule(drop="never", max_dim=7),
-        "t4": sr.TableRule(fixed=0),
-    }
-    dims = sr.allocate(scores, sr.Budget(dims=0.6), order=order, tables=rules).dims()
-    assert dims["t0"] == 12 and dims["t1"] <= 4 and dims["t2"] >= 8 and dims["t3"] == 4 and dims["t4"] == 0
-
-
-@pytest.mark.parametrize("order", ["knapsack", "fill"])
-def test_a_soft_floor_keeps_every_table_that_scores_as_far_as_the_budget_goes(order: Any) -> None:
-    scores = make_scores([[10.0] * 16, [0.2] * 16, [0.1] * 16, [0.0] * 16], [10, 10, 10, 10])
-    plan = sr.allocate(scores, sr.Budget(dims=0.25), order=order, floor_share=0.001)
-    assert list(plan.dims().values()) == [8, 4, 4, 0]
-    plan = sr.allocate(scores, sr.Budget(dims=8), order=order, floor_share=0.001)
-    assert list(plan.dims().values()) == [4, 4, 0, 0]  # the larger shares first
+@given(problems())
+def test_costs_of_every_width(problem: Problem) -> None:
+    budget = problem.budget(0.5)
+    for name, table in problem.scores.tables.items():
+        widths = range(table.dim + 1)
+        costs = budget.costs(table, np.array(widths)).tolist()
+        assert costs == [problem.cost(name, width) for width in widths]
+        assert costs[0] == 0 and costs == sorted(costs)
+    tables = list(problem.scores.tables.values())
+    assert budget.total(tables) == problem.full()
+    dims = {name: table.dim for name, table in problem.scores.tables.items()}
+    assert budget.cost(tables, list(dims.values())) == problem.total(dims)
 
 
 @pytest.mark.parametrize(
-    ("rule", "message"),
+    ("optimizer", "precision", "expected"),
     [
-        ({"t0": {"fixed": 20}}, "table t0: fixed=20, but it has 16 columns"),
-        ({"t0": {"fixed": 6}}, "table t0: fixed=6 is not a multiple of 4"),
-        ({"t0": {"max_dim": 3}}, "table t0: max_dim=3 leave no width"),
-        ({"t10": {"fixed": 0}}, "a rule for table t10: there is no such table; did you mean t1?"),
-        ({"t0": {"fixed": 0}, "t1": {"fixed": 0}}, "the rules drop every table"),
-        ({"t0": {"min_dim": 16}, "t1": {"min_dim": 16}}, "the rules for tables needs 640, the budget allows 320"),
+        ("sgd", "fp32", 10 * 8 * 4),
+        ("sgd", "fp16", 10 * 8 * 2),
+        ("rowwise_adagrad", "bf16", 10 * (8 * 2 + 4)),
+        ("adagrad", "fp32", 10 * 8 * (4 + 4)),
+        ("adam", "fp16", 10 * 8 * (2 + 8)),
+        ("partial_rowwise_adam", "fp32", 10 * (8 * (4 + 4) + 4)),
+        ("lamb", "fp32", 10 * 8 * (4 + 8)),
+        ("partial_rowwise_lamb", "fp32", 10 * (8 * (4 + 4) + 4)),
+        ("lars_sgd", "fp32", 10 * 8 * (4 + 4)),
     ],
 )
-def test_rules_that_cannot_be_kept_are_refused(rule: Any, message: str) -> None:
-    scores = make_scores([[1.0] * 16] * 2, [20, 20])
-    with pytest.raises(sr.UserError, match=message.replace("?", r"\?")):
-        sr.allocate(scores, sr.Budget(parameters=0.5), tables={n: sr.TableRule(**r) for n, r in rule.items()})
+def test_bytes_of_five_columns_which_are_stored_as_eight(optimizer: Any, precision: Any, expected: int) -> None:
+    budget = sr.Budget(bytes=0.5, optimizer=optimizer, precision=precision)
+    assert budget.costs(Table(rows=10, dim=16), np.array([5])).tolist() == [expected]
+
+
+def test_a_billion_rows_do_not_overflow() -> None:
+    budget = sr.Budget(bytes=0.5, transforms=True)
+    assert budget.total([Table(rows=1_000_000_000, dim=512)] * 3) == 3 * 10**9 * 512 * 12
+    assert budget.limit([Table(rows=1_000_000_000, dim=512)] * 3) == 3 * 10**9 * 256 * 12
+
+
+@pytest.mark.parametrize(
+    ("amount", "limit"),
+    [
+        (0.29, 26),  # of 92; 0.29 as it is written, not its binary neighbour
+        (0.25, 23),
+        (1.0, 92),
+        (1, 92),
+        (2, 2),
+        (100_000, 100_000),
+        (1e-05, 0),
+    ],
+)
+def test_shares_are_of_everything_and_counts_are_counts(amount: float, limit: int) -> None:
+    assert sr.Budget(parameters=amount).limit(TABLES) == limit
+
+
+@given(st.integers(1, 999), st.integers(1, 10**12))
+def test_shares_are_decimals(thousandths: int, rows: int) -> None:
+    tables = [Table(rows=rows, dim=4)]
+    assert sr.Budget(parameters=thousandths / 1000).limit(tables) == thousandths * rows * 4 // 1000
+
+
+def test_a_share_is_of_the_full_model_which_has_no_transforms() -> None:
+    plain, counted = sr.Budget(parameters=0.5), sr.Budget(parameters=0.5, transforms=True)
+    assert plain.limit(TABLES) == counted.limit(TABLES) == 46
+    assert counted.cost(TABLES, [8, 4]) == 92 + 8 * 8 + 4 * 4
+
+
+def test_a_budget_is_recorded_as_it_was_asked() -> None:
+    assert sr.Budget(parameters=0.1).asked() == {"parameters": 0.1}
+    assert sr.Budget(bytes=10**9, optimizer="sgd", precision="fp16", transforms=True).asked() == {
+        "bytes": 10**9,
+        "optimizer": "sgd",
+        "precision": "fp16",
+        "transforms": True,
+    }
+    assert sr.Budget(bytes=0.5, optimizer="adam", precision="fp32").asked() == {"bytes": 0.5}
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.integers(1, 99), st.integers(2, 6))
+def test_budgets_of_rounds_go_down_in_equal_ratios_to_the_budget(problem: Problem, percent: int, rounds: int) -> None:
+    budget, tables = problem.budget(percent / 100), list(problem.scores.tables.values())
+    everything = budget.cost(tables, [table.dim for table in tables])
+    limits = [budget.at(current / rounds, tables).limit(tables) for current in range(rounds + 1)]
+    assert limits[-1] == budget.limit(tables)
+    if limits[-1] >= 2:
+        assert limits[0] == everything and limits == sorted(limits, reverse=True)
+        for current, limit in enumerate(limits):
+            ideal = everything * (limits[-1] / everything) ** (current / rounds)
+            assert abs(limit - ideal) <= 1 + 1e-9 * everything
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.5, -3])
+@pytest.mark.parametrize("kind", ["parameters", "bytes", "dims"])
+def test_budgets_outside_their_range_are_refused(kind: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{kind}={value} is not a share in"):
+        sr.Budget(**{kind: value})
 
 
 @pytest.mark.parametrize(
     ("given_budget", "message"),
     [
         ({}, "give exactly one of parameters, bytes, dims"),
-        ({"parameters": 0.1, "dims": 0.1}, "give exactly one"),
+        ({"parameters": 0.1, "dims": 0.1}, "give exactly one of parameters, bytes, dims"),
+        ({"parameters": 0.1, "optimizer": "sgd"}, "optimizer and precision change bytes only, .* counts parameters"),
+        ({"dims": 0.1, "precision": "fp16"}, "optimizer and precision change bytes only, .* counts dims"),
         ({"dims": 0.1, "transforms": True}, "dims counts columns and no transforms"),
-        ({"parameters": 0.1, "optimizer": "sgd"}, "optimizer and precision change bytes only"),
-        ({"bytes": 1.5}, "bytes=1.5 is not a share"),
+        ({"bytes": 0.1, "optimizer": "adamw"}, "Input should be 'sgd'"),
+        ({"bytes": 0.1, "precision": "fp8"}, "Input should be 'fp32'"),
+        ({"parameters": float("nan")}, "finite number"),
+        ({"parameters": True}, "valid"),
+        ({"parameters": "0.1"}, "valid"),
+        ({"rows": 0.1}, "Extra inputs"),
     ],
 )
-def test_budgets_that_say_nothing_are_refused(given_budget: Any, message: str) -> None:
+def test_budgets_that_say_nothing_or_two_things_are_refused(given_budget: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sr.Budget(**given_budget)
+
+
+def test_every_optimizer_has_its_states() -> None:
+    for optimizer, (wide, single) in STATES.items():
+        cost = sr.Budget(bytes=0.5, optimizer=optimizer).costs(Table(rows=1, dim=8), np.array([8]))  # type: ignore[arg-type]
+        assert cost.tolist() == [8 * 4 + 8 * 4 * wide + 4 * single]
