@@ -66,6 +66,22 @@ class Runtime:
 
         self.from_main(run)
 
+    def on_all(self, action: Callable[[], T]) -> T:
+        """What `action` returns on this rank, when it has ended on all; if it raises on any, all raise what it raises there."""
+        answer: list[Any] = [None, None]  # value, failure
+        try:
+            answer[0] = action()
+        except Exception as error:
+            answer[1] = error
+        failures = [answer[1]]
+        if self.world_size > 1:
+            failures *= self.world_size
+            dist.all_gather_object(failures, answer[1])
+        for failure in failures:
+            if failure is not None:
+                raise failure
+        return typing.cast("T", answer[0])
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks of a tensor of any shape, the same on all."""
         if self.world_size > 1:
@@ -85,6 +101,10 @@ class Runtime:
         gathered = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(gathered, padded)
         return torch.cat([part[: int(size)] for part, size in zip(gathered, sizes, strict=True)])
+
+
+#: A process that is in no job.
+ALONE = Runtime(0, 1, torch.device("cpu"))
 
 
 @contextmanager

@@ -1,42 +1,91 @@
-"""What becomes of rows of a full table, or of some of its columns, in the slim one."""
+"""What becomes of rows of a table, or of optimizer state of its shape: some of their columns, or a product with a matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-#: Rows that are rotated at once: in float64, they are twice or four times what they are in the table.
+from sseds_rec.search.plan import TablePlan
+from sseds_rec.search.rotation import Rotation
+
+#: Rows that are multiplied at once: in float64, they are twice or four times what they are in the table.
 _ROWS = 1 << 16
 
 
-def keep_columns(values: Tensor, kept: Sequence[int], target: Tensor, first: int = 0) -> None:
-    """Copies the kept columns that are among the given ones.
+class RowConversion(Protocol):
+    """Rows [n, D] -> rows [n, width].
+
+    The rows come in parts, since column-wise shards lie apart: (first, values [n, c]) are columns [first, first + c).
+    """
+
+    width: int
+
+    def reads(self, first: int, stop: int) -> bool:
+        """Whether the result depends on any of the columns [first, stop)."""
+        ...
+
+    def convert(self, parts: Iterable[tuple[int, Tensor]], target: Tensor) -> None:
+        """Fills all of `target` [n, width] from the parts that `reads` asks for, whatever it held."""
+        ...
+
+
+class KeepColumns:
+    """The kept columns side by side, and zeros behind them up to the stored width."""
+
+    def __init__(self, kept: Sequence[int], width: int) -> None:
+        self.kept, self.width = torch.tensor(kept, dtype=torch.int64), width
+
+    def reads(self, first: int, stop: int) -> bool:
+        return bool(((self.kept >= first) & (self.kept < stop)).any())
+
+    def convert(self, parts: Iterable[tuple[int, Tensor]], target: Tensor) -> None:
+        target[:, len(self.kept) :] = 0
+        for first, values in parts:
+            # The kept columns ascend, so those of one part are neighbours in the target.
+            begin, end = (int(torch.searchsorted(self.kept, c)) for c in (first, first + values.shape[1]))
+            columns = (self.kept[begin:end] - first).to(values.device)
+            torch.index_select(values, 1, columns, out=target[:, begin:end])
+
+
+class Product:
+    """X A + b, summed in float64, and zeros behind it up to the stored width.
 
     Args:
-        values: [n, c], columns [first, first + c) of the full table.
-        kept: column indices in the full table, ascending.
-        target: [n, len(kept) or more]; changed in place.
-        first: where the given columns begin.
+        matrix: A [D, d].
+        constant: b [d]; zero if not given.
+        width: columns of the result; d if not given.
     """
-    found = [(position, c - first) for position, c in enumerate(kept) if first <= c < first + values.shape[1]]
-    if found:
-        positions, columns = (torch.tensor(side, device=values.device) for side in zip(*found, strict=True))
-        target[:, positions] = values.index_select(1, columns)
+
+    def __init__(self, matrix: Tensor, constant: Tensor | None = None, width: int | None = None) -> None:
+        self.matrix = matrix.double()
+        self.constant = self.matrix.new_zeros(matrix.shape[1]) if constant is None else constant.double()
+        self.width = matrix.shape[1] if width is None else width
+
+    def reads(self, first: int, stop: int) -> bool:
+        return bool(self.matrix[first:stop].any())
+
+    def convert(self, parts: Iterable[tuple[int, Tensor]], target: Tensor) -> None:
+        d = self.matrix.shape[1]
+        held = list(parts)
+        target[:, d:] = 0
+        matrix, constant = self.matrix.to(target.device), self.constant.to(target.device)
+        for begin in range(0, len(target), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            sums = constant.expand(len(target[rows]), d).clone()
+            for first, values in held:
+                sums.addmm_(values[rows].double(), matrix[first : first + values.shape[1]])
+            target[rows, :d] = sums
 
 
-def rotate_columns(values: Tensor, matrix: Tensor, mean: Tensor, target: Tensor, first: int = 0) -> None:
-    """Adds to the first d columns of the target what the given columns contribute to (V - μ) T.
+def row_conversion(plan: TablePlan, rotation: Rotation | None) -> RowConversion:
+    """What becomes of the rows of a kept table's weight."""
+    return KeepColumns(plan.kept, plan.stored_dim) if rotation is None else coordinates(rotation, plan.stored_dim)
 
-    Args:
-        values: [n, c], columns [first, first + c) of V [n, D].
-        matrix: T [D, d].
-        mean: μ [D].
-        target: [n, d or more]; changed in place.
-        first: where the given columns begin.
-    """
-    own = slice(first, first + values.shape[1])
-    matrix, mean = (part[own].to(values.device, torch.float64) for part in (matrix, mean))
-    for rows, sums in zip(values.split(_ROWS), target[:, : matrix.shape[1]].split(_ROWS), strict=True):
-        sums += (rows.double() - mean) @ matrix
+
+def coordinates(rotation: Rotation, width: int) -> Product:
+    """Rows v [D] -> Tᵀ(v - μ), and zeros up to the stored width."""
+    forward = rotation.forward.double()
+    return Product(forward, -(rotation.mean.double() @ forward), width)

@@ -22,7 +22,7 @@ from sseds_rec.search.plan import DimensionPlan, TablePlan
 from sseds_rec.search.rotation import Rotation
 from sseds_rec.search.tap import plan_tables, qualified_tables
 from sseds_rec.slim.alignment import Alignment, Init
-from sseds_rec.slim.columns import keep_columns, rotate_columns
+from sseds_rec.slim.columns import row_conversion
 from sseds_rec.slim.mass import MassColumns
 
 
@@ -220,9 +220,5 @@ def _copy_columns(
     rotations: Mapping[str, Rotation],
 ) -> None:
     for table, bag in target.embedding_bags.items():
-        weight = source.embedding_bags[table].weight
-        bag.weight.zero_()
-        if table in rotations:
-            rotate_columns(weight, rotations[table].forward, rotations[table].mean, bag.weight)
-        else:
-            keep_columns(weight, plans[table].kept, bag.weight)
+        conversion = row_conversion(plans[table], rotations.get(table))
+        conversion.convert([(0, source.embedding_bags[table].weight)], bag.weight)

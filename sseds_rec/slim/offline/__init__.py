@@ -1,0 +1,1 @@
+"""Checkpoints on disk, converted without the model they are of."""

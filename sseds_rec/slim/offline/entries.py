@@ -1,0 +1,115 @@
+"""Which entries of a checkpoint belong to which table of a plan, and what becomes of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from sseds_rec.errors import UserError
+from sseds_rec.search.plan import DimensionPlan
+from sseds_rec.search.rotation import Rotation
+from sseds_rec.slim.columns import KeepColumns, Product, RowConversion, coordinates
+
+#: What TorchRec calls the tables of an EmbeddingBagCollection and of an EmbeddingCollection in state dicts.
+KINDS = ("embedding_bags", "embeddings")
+
+#: The collection inside a module that processes or remaps its ids.
+_INNER = ("", "_embedding_module.", "_embedding_bag_collection.")
+
+#: What an optimizer keeps of each weight: running means of gradients, and sums or running means of their squares.
+_MEANS = {"exp_avg", "momentum_buffer"}
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg"}
+
+
+def entries_by_table(names: Iterable[str], plan: DimensionPlan) -> dict[str, str]:
+    """Entry -> table of the plan, for every entry at or below a table's weight, and of its map of raw ids."""
+    names = list(names)
+    found: dict[str, str] = {}
+    for table in plan.tables:
+        module, _, own = table.rpartition(".")
+        keys = [f".{kind}.{table}.weight." for kind in KINDS]
+        if module:
+            keys += [f".{module}.{inner}{kind}.{own}.weight." for inner in _INNER for kind in KINDS]
+        # Of a managed collision collection the maps from ids to rows, which go with a dropped table.
+        keys.append(f"._managed_collision_modules.{table}.")
+        keys.append(f".{module}._managed_collision_collection._managed_collision_modules.{own}.")
+        found |= {name: table for name in names if any(key in f".{name}." for key in keys)}
+    return found
+
+
+def conversions(
+    src: Path,
+    shapes: Mapping[str, Sequence[int]],
+    plan: DimensionPlan,
+    column_shards: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, RowConversion | None]:
+    """Entry -> what becomes of its rows, None if its table is dropped; entries that are not here stay what they are.
+
+    Args:
+        src: the checkpoint, for errors.
+        shapes: entry -> shape, of all tensors of the checkpoint.
+        plan: which columns stay.
+        column_shards: weight -> widths of the shards it was trained in, in the order of their columns; by default one of all.
+
+    Raises:
+        UserError: the plan is of another model (names the table), or a rotated table has optimizer state of which it is not
+            known how it turns (names it).
+    """
+    entries = entries_by_table(shapes, plan)
+    _check_weights(entries, shapes, plan)
+    found: dict[str, RowConversion | None] = {}
+    for name, table in entries.items():
+        own, shape = plan.tables[table], tuple(shapes[name])
+        if not own.kept:
+            found[name] = None
+        elif shape == (own.rows, own.original_dim):
+            rotation = plan.rotations.get(table)
+            if rotation is not None:
+                found[name] = _rotated(src, name, shapes, rotation, own.stored_dim)
+            elif own.kept != list(range(own.stored_dim)) or own.stored_dim != own.original_dim:
+                found[name] = KeepColumns(own.kept, own.stored_dim)
+        elif column_shards is not None and len(shape) == 1:
+            weight = name[: name.rindex(".weight.") + len(".weight")] if ".weight." in name else name
+            widths = column_shards.get(weight, [])
+            if len(widths) > 1 and shape[0] == own.rows * len(widths):
+                # Row-wise Adagrad sums mean squares, of a shard's columns: their weighted mean is that of all columns.
+                found[name] = Product(torch.tensor(widths)[:, None] / sum(widths))
+    return found
+
+
+def _check_weights(entries: Mapping[str, str], shapes: Mapping[str, Sequence[int]], plan: DimensionPlan) -> None:
+    weights: dict[str, list[str]] = {table: [] for table in plan.tables}
+    for name, table in entries.items():
+        if name.endswith(".weight"):
+            weights[table].append(name)
+    for table, own in plan.tables.items():
+        if not weights[table]:
+            raise UserError(f"table {table} of the plan is not in the checkpoint; the plan is of another model")
+        expected = [own.rows, own.original_dim]
+        for name in weights[table]:
+            if list(shapes[name]) != expected:
+                raise UserError(
+                    f"table {table}: the checkpoint holds {list(shapes[name])}, the plan expects {expected}; "
+                    "the plan is of another model"
+                )
+
+
+def _rotated(
+    src: Path, name: str, shapes: Mapping[str, Sequence[int]], rotation: Rotation, width: int
+) -> RowConversion:
+    """Rows v become Tᵀ(v - μ). Gradients in the coordinates are Mᵀg, so their running means are multiplied by Mᵀ, which is
+    exact, and their running squares by (M∘M)ᵀ, which E[(Mᵀg)²] is if the entries of g are independent."""
+    path, _, state = name.rpartition(".")
+    if state == "momentum1":  # FBGEMM's first state, of any optimizer
+        state = "exp_avg" if f"{path}.exp_avg_sq" in shapes else "sum"
+    if state == "weight":
+        return coordinates(rotation, width)
+    if state in _MEANS:
+        return Product(rotation.inverse, width=width)
+    if state in _SQUARES:
+        return Product(rotation.inverse.double().square(), width=width)
+    raise UserError(
+        f"{src}: {name}: the plan rotates its table, and how {state} turns is not known; save the checkpoint without it"
+    )

@@ -1,0 +1,87 @@
+"""Files of weights: state dicts by `torch.save`, and safetensors. The new one is laid out first, and then filled some rows at a
+time; its tables are what they are in checkpoint folders."""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from sseds_rec.errors import UserError
+from sseds_rec.files import write_atomic
+from sseds_rec.search.plan import DimensionPlan
+from sseds_rec.slim.columns import RowConversion
+from sseds_rec.slim.offline import safetensors_file, torch_file
+from sseds_rec.slim.offline.entries import conversions
+from sseds_rec.slim.offline.stored import Checksum, Content, damaged, read_bytes, sync
+from sseds_rec.slim.offline.verify import compare
+
+#: Bytes of converted rows that are held at once.
+_CHUNK_BYTES = 64 << 20
+
+
+def slim_state_file(src: Path, dst: Path, plan: DimensionPlan) -> None:
+    """Converts a file of weights; see `slim_checkpoint`.
+
+    Raises:
+        UserError: the file is damaged or of another format, the plan is of another model, or the disk is too small.
+    """
+    write_atomic(dst, lambda temporary: _convert(src, temporary, plan))
+
+
+def _convert(src: Path, temporary: Path, plan: DimensionPlan) -> None:
+    kind = safetensors_file if src.suffix == ".safetensors" else torch_file
+    layout = kind.read(src)
+    found = conversions(src, {name: content.shape for name, content in layout.contents.items()}, plan)
+    room = sum(_new_length(content, found.get(name, content)) for name, content in layout.contents.items())
+    free = shutil.disk_usage(temporary.parent).free
+    if room > free:
+        raise UserError(
+            f"{temporary.parent}: the slim file needs {room:,} bytes, and {free:,} are free; choose another place or free some"
+        )
+    target = layout.write(temporary, found)
+    copied: set[int] = set()
+    with open(temporary, "r+b") as file:
+        for name, new in target.items():
+            conversion, old = found.get(name), layout.contents[name]
+            file.seek(new.position)
+            if conversion is not None:
+                _convert_rows(src, name, conversion, old, file)
+            elif new.position not in copied:  # several tensors can be views of one storage
+                _copy(src, name, old, file)
+                copied.add(new.position)
+    sync(temporary)
+    for name, new in target.items():
+        conversion = found.get(name)
+        if conversion is not None:
+            compare(layout.contents[name].stored(src, name), conversion, new.stored(temporary, name))
+
+
+def _new_length(content: Content, conversion: RowConversion | Content | None) -> int:
+    if conversion is None:
+        return 0
+    if isinstance(conversion, Content):
+        return content.length
+    return content.length // content.shape[1] * conversion.width
+
+
+def _convert_rows(src: Path, name: str, conversion: RowConversion, old: Content, file: IO[bytes]) -> None:
+    stored = old.stored(src, name)
+    checksums: list[Checksum] = []
+    for start, stop in stored.row_ranges(max(1, _CHUNK_BYTES // (conversion.width * stored.dtype.itemsize))):
+        rows, own = stored.convert(conversion, start, stop)
+        checksums += own
+        file.write(memoryview(rows.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    stored.check(checksums)
+
+
+def _copy(src: Path, name: str, old: Content, file: IO[bytes]) -> None:
+    checksum = 0
+    for piece in read_bytes(src, old.position, old.length):
+        checksum = zlib.crc32(piece, checksum)
+        file.write(piece)
+    if old.checksum is not None and checksum != old.checksum:
+        raise damaged(src, f"the bytes of {name} are not those that were saved")

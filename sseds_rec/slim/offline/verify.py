@@ -1,0 +1,105 @@
+"""A look at what was written: rows of the new checkpoint beside those of the old, and the checksums of what was copied."""
+
+from __future__ import annotations
+
+import random
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sseds_rec.distributed.checkpoint import read_checkpoint_metadata
+from sseds_rec.errors import UserError
+from sseds_rec.slim.columns import KeepColumns, Product, RowConversion
+from sseds_rec.slim.offline.dcp import DcpConversion, stored_tensor
+from sseds_rec.slim.offline.stored import FileSlice, StoredTensor, damaged
+
+#: Places in every tensor, and rows at each.
+_PLACES, _ROWS = 16, 64
+
+
+def verify(conversion: DcpConversion, folder: Path) -> int:
+    """Compares rows at random places of every converted tensor, and tests the records that were copied.
+
+    Args:
+        conversion: of the old checkpoint.
+        folder: the new one.
+
+    Returns:
+        How many rows were compared.
+
+    Raises:
+        UserError: something differs (names it).
+    """
+    metadata = read_checkpoint_metadata(folder)
+    compared = 0
+    for name, own in conversion.conversions.items():
+        if own is not None:
+            compared += compare(conversion.stored[name], own, stored_tensor(folder, metadata, name))
+    for item in (item for items in conversion.parts for item in items if item.source is not None):
+        info = metadata.storage_data[item.index]
+        if not info.transform_descriptors:
+            _test_record(folder / info.relative_path, info.offset, info.length, item.index.fqn)
+    return compared
+
+
+def compare(source: StoredTensor, conversion: RowConversion, target: StoredTensor) -> int:
+    """Compares rows at random places of one tensor; returns how many.
+
+    Raises:
+        UserError: they differ.
+    """
+    draw = random.Random(source.name)
+    source_ranges, target_ranges = list(source.row_ranges(source.rows)), list(target.row_ranges(target.rows))
+    compared = 0
+    for _ in range(_PLACES):
+        first, last = draw.choice(target_ranges)
+        start = draw.randrange(first, last)
+        stop = min([start + _ROWS, last, *(end for begin, end in source_ranges if begin <= start < end)])
+        if not _agree(_read(source, start, stop), conversion, _read(target, start, stop)):
+            raise UserError(
+                f"{target.chunks[0].path}: rows {start} to {stop - 1} of {source.name} are not those of the source; "
+                "check the disk, and convert again"
+            )
+        compared += stop - start
+    return compared
+
+
+def _agree(source: Tensor, conversion: RowConversion, found: Tensor) -> bool:
+    if isinstance(conversion, KeepColumns):
+        kept = source[:, conversion.kept]
+        return torch.equal(found[:, : kept.shape[1]], kept) and not found[:, kept.shape[1] :].any()
+    assert isinstance(conversion, Product)
+    product = source.double() @ conversion.matrix + conversion.constant
+    tolerance = 4 * torch.finfo(found.dtype).eps
+    scale = float(product.abs().max()) if product.numel() else 0.0
+    return torch.allclose(found[:, : product.shape[1]].double(), product, rtol=tolerance, atol=tolerance * scale)
+
+
+def _read(tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop), which no chunk ends in, all columns."""
+    values = torch.zeros(stop - start, tensor.columns, dtype=tensor.dtype)
+    for chunk in tensor.chunks:
+        if chunk.first_row <= start and stop <= chunk.first_row + chunk.rows:
+            buffer = torch.empty((stop - start) * chunk.row_bytes, dtype=torch.uint8)
+            values[:, chunk.first_column : chunk.first_column + chunk.columns] = chunk.read(start, stop, buffer)[0]
+    return values
+
+
+def _test_record(path: Path, position: int, length: int, name: str) -> None:
+    """Reads a copied record once, if it is one of `torch.save`; zipfile compares checksums at the end of each."""
+    with open(path, "rb") as file:
+        view = FileSlice(file, position, length)
+        if not zipfile.is_zipfile(view):
+            return
+        with zipfile.ZipFile(view) as archive:
+            for record in archive.infolist():
+                if not record.CRC:  # torch was told to compute none
+                    continue
+                try:
+                    with archive.open(record) as content:
+                        while content.read(1 << 22):
+                            pass
+                except zipfile.BadZipFile:
+                    raise damaged(path, f"the bytes of {name} are not those that were saved") from None
