@@ -16,6 +16,7 @@ import typer
 from sseds_rec import cli_prepare
 from sseds_rec.data.schema import SplitName
 from sseds_rec.errors import PREEMPTED_EXIT, Preempted, UserError
+from sseds_rec.export import Format, dropped_features, export_plan, plan_path, write_export
 from sseds_rec.files import read_json, register_stores
 from sseds_rec.output import (
     console,
@@ -172,6 +173,37 @@ def evaluate(
                     **metrics,
                 },
             )
+
+
+@app.command()
+def export(
+    plan: Annotated[str, typer.Argument(metavar="PLAN_OR_RUN", help="A plan.json, or a run directory that has one.")],
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="torchrec: EmbeddingBagConfig fields, JSON. fuxictr: use_features and feature_specs, YAML. easyrec: "
+            "TorchEasyRec's feature_configs, JSON. Widths are as kept for fuxictr; for the others as FBGEMM's kernels store "
+            "them, multiples of 4.",
+        ),
+    ],
+    output: Annotated[Path | None, typer.Option(help="File to write; stdout if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a plan's tables and widths as another system takes them."""
+    path = plan_path(plan)
+    from sseds_rec.search.plan import DimensionPlan
+
+    found = DimensionPlan.load(path)
+    text = export_plan(found, form)
+    if output:
+        write_export(text, output, path)
+        console.print(f"export: wrote {output}")
+    else:
+        print(text, end="")
+    written = str(output) if output else None
+    line = {"verb": "export", "plan": path, "format": form, "output": written, "dropped": dropped_features(found)}
+    print_json(as_json, line)
 
 
 def main() -> None:

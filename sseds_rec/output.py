@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from sseds_rec.constants import STABLE
+
 if TYPE_CHECKING:
     from sseds_rec.search.audit import Audit
 
@@ -70,7 +72,9 @@ def print_stability(search: dict[str, Any]) -> None:
         console.print(f"search: {batches} batch; two or more would tell how far others would change the plan")
     else:
         advice = (
-            "" if overlap >= 0.9 else "; more rows are needed: search.num_batches=auto, or a larger search.batch_size"
+            ""
+            if overlap >= STABLE
+            else "; more rows are needed: search.num_batches=auto, or a larger search.batch_size"
         )
         console.print(f"search: of {batches} batches; others would keep {overlap:.0%} of the same columns{advice}")
 

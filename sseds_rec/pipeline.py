@@ -17,6 +17,7 @@ from sseds_rec.data.schema import SPLITS, SplitName
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import raw_ids_refused, shard
 from sseds_rec.errors import UserError
+from sseds_rec.export import torchrec_tables
 from sseds_rec.files import write_json, write_text
 from sseds_rec.models import (
     MODELS,
@@ -200,12 +201,7 @@ class Pipeline:
         def convert() -> None:
             shutil.rmtree(target, ignore_errors=True)
             slim_checkpoint(self.run.path("pretrain", "checkpoint"), target, plan)
-            tables = [
-                {"name": c.name, "num_embeddings": c.num_embeddings, "embedding_dim": c.embedding_dim}
-                | {"feature_names": c.feature_names, "pooling": c.pooling.name}
-                for c in plan.embedding_bag_configs()
-            ]
-            write_json(self.run.path("slim", "tables.json"), tables)
+            write_json(self.run.path("slim", "tables.json"), torchrec_tables(plan))
 
         begun = time.monotonic()
         self.runtime.on_main(convert)

@@ -26,7 +26,7 @@ def _refused(done: Command, *words: str) -> None:
 
 def test_help_names_the_verbs(sseds: Sseds) -> None:
     out = sseds("--help").out
-    for verb in ("prepare", "train", "search", "slim", "retrain", "run", "evaluate", "report"):
+    for verb in ("prepare", "train", "search", "slim", "retrain", "run", "evaluate", "report", "export"):
         assert f" {verb} " in out
         assert "Usage" in sseds(verb, "--help").out
 

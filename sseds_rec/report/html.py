@@ -7,13 +7,11 @@ from typing import Any
 
 import jinja2
 
+from sseds_rec.constants import STABLE
 from sseds_rec.files import write_atomic
 from sseds_rec.report.artefacts import BYTES_PER_PARAMETER, MIB, Run, read_run
 from sseds_rec.report.blocks import quality_block, search_blocks, training_blocks
 from sseds_rec.report.numbers import count, number, percent, text
-
-#: Share of kept dims that another draw of the batches must keep, for a plan to be called stable.
-STABLE = 0.9
 
 _WORDS = {0.5: "Half", 0.25: "A quarter", 0.2: "A fifth", 0.1: "A tenth", 0.05: "A twentieth", 0.01: "A hundredth"}
 

@@ -7,7 +7,6 @@ rows, h_b = ∂²ℓ/∂z² the curvature of the loss: p(1-p) for cross-entropy,
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -24,14 +23,12 @@ def _gradient(sample: Sample, _: Tensor) -> Tensor:
 
 
 GRADIENT = Moment("loss", _gradient)
-
-
 CURVATURE = Moment("logit", lambda sample, h: sum_rows(sample.contribution().square_(), h))
 OUTPUT = Moment("output", lambda sample, _: sum_rows(sample.output()))
 VECTORS = Moment("output", lambda sample, _: torch.tensor(sample.vectors, dtype=torch.float64), axes=0)
 
 
-class Criterion(ABC):
+class Criterion:
     """Turns mean moments into scores.
 
     Attributes:
@@ -42,9 +39,10 @@ class Criterion(ABC):
     name: ClassVar[str]
     moments: ClassVar[tuple[Moment, ...]]
 
-    @abstractmethod
     def score(self, *means: Tensor) -> Tensor:
-        """The means over all rows of `moments`, of one table -> non-negative scores [D]."""
+        """The means over all rows of `moments`, of one table -> non-negative scores [D]: the mean itself, if there is one."""
+        (mean,) = means
+        return mean
 
     def basis(self, *means: Tensor) -> Rotation | None:
         """The basis in which the table is scored and cut; None for that of its columns."""
@@ -75,10 +73,6 @@ class SnipBatchAbs(Criterion):
     name = "snip_batch_abs"
     moments = (Moment("loss", _gradient, fold=torch.abs),)
 
-    def score(self, *means: Tensor) -> Tensor:
-        (magnitude,) = means
-        return magnitude
-
 
 class TaylorAbs(Criterion):
     """E|c|, c of the loss: the first-order Taylor term of removing the column, row by row.
@@ -89,20 +83,12 @@ class TaylorAbs(Criterion):
     name = "taylor_abs"
     moments = (Moment("loss", lambda sample, _: sum_rows(sample.contribution().abs_())),)
 
-    def score(self, *means: Tensor) -> Tensor:
-        (magnitude,) = means
-        return magnitude
-
 
 class Fisher(Criterion):
     """E c², c of the loss: the diagonal of the empirical Fisher information in α (Theis et al., Fisher pruning, 2018)."""
 
     name = "fisher"
     moments = (Moment("loss", lambda sample, _: sum_rows(sample.contribution().square_())),)
-
-    def score(self, *means: Tensor) -> Tensor:
-        (square,) = means
-        return square
 
 
 class Ggn(Criterion):
@@ -113,10 +99,6 @@ class Ggn(Criterion):
 
     name = "ggn"
     moments = (CURVATURE,)
-
-    def score(self, *means: Tensor) -> Tensor:
-        (curvature,) = means
-        return curvature
 
 
 class Taylor2(Criterion):
@@ -236,9 +218,6 @@ class GgnRotated(Criterion):
         ),
         VECTORS,
     )
-
-    def score(self, *means: Tensor) -> Tensor:
-        return self.score_in(self.basis(*means), *means)
 
     def basis(self, *means: Tensor) -> Rotation | None:
         slopes, covariance, mean = self._parts(*means)

@@ -16,13 +16,15 @@ def keep_only(plan: DimensionPlan, table: str) -> Edit:
     own = plan.tables[table]
     if table in plan.rotations:
         return _project(plan.rotations[table])
-    return without([c for c in range(own.original_dim) if c not in set(own.kept)])
+    kept = set(own.kept)
+    return without([c for c in range(own.original_dim) if c not in kept])
 
 
 def without(columns: list[int], rotation: Rotation | None = None) -> Edit:
     """Leaves columns out, of a table whose coordinates are rotated these."""
     if rotation is not None:
-        others = [c for c in range(rotation.forward.shape[1]) if c not in set(columns)]
+        dropped = set(columns)
+        others = [c for c in range(rotation.forward.shape[1]) if c not in dropped]
         return _project(rotation.keep(others))
 
     def masked(output: Tensor, mass: Tensor | None) -> Tensor:

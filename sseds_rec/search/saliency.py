@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sseds_rec.constants import STABLE
 from sseds_rec.errors import UserError
 from sseds_rec.search.allocate import allocate
 from sseds_rec.search.budget import Budget
@@ -27,9 +28,8 @@ from sseds_rec.search.tap import Taps, tapped
 
 TENTH = Budget(parameters=0.1)
 
-#: num_batches="auto": scoring goes on until two draws of as many batches keep this share of the same columns ...
-STABLE = 0.9
-#: ... which is looked at after so many batches and each doubling, up to the second number.
+#: num_batches="auto": scoring goes on until the plan is `STABLE`, which is looked at after so many batches and each doubling,
+#: up to the second number.
 AUTO_BATCHES = (8, 1024)
 
 

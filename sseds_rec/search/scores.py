@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from sseds_rec.errors import UserError
 from sseds_rec.files import write_atomic
@@ -29,10 +28,6 @@ class Table:
     dim: int
     feature_names: tuple[str, ...] = ()
     pooling: str = "SUM"
-
-    @classmethod
-    def of(cls, config: EmbeddingBagConfig) -> Table:
-        return cls(config.num_embeddings, config.embedding_dim, tuple(config.feature_names), config.pooling.name)
 
 
 class DimensionScores(Mapping[str, Tensor]):

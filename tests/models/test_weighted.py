@@ -136,7 +136,8 @@ def _plan() -> sr.DimensionPlan:
     random = torch.Generator().manual_seed(5)
     drawn = {name: torch.rand(D, generator=random, dtype=torch.float64) for name in ROWS}
     configs = build_model(MODEL, _schema()).embeddings.embedding_bag_configs()
-    return sr.allocate(DimensionScores(drawn, {c.name: Table.of(c) for c in configs}, {}), sr.Budget(dims=0.67))
+    tables = {c.name: Table(c.num_embeddings, c.embedding_dim, tuple(c.feature_names), c.pooling.name) for c in configs}
+    return sr.allocate(DimensionScores(drawn, tables, {}), sr.Budget(dims=0.67))
 
 
 def _mask(plan: sr.DimensionPlan, name: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import sseds_rec as sr
-from sseds_rec.search.saliency import STABLE
+from sseds_rec.constants import STABLE
 from sseds_rec.search.scores import DimensionScores, Table
 from sseds_rec.search.stability import expected_overlap, standard_errors
 from tests.search.reference import ClickModel, make_batch, make_rows
