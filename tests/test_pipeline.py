@@ -210,7 +210,7 @@ def test_paper_mode_and_select_or_random_transforms(
         ("pretrain/checkpoints/step-00000010", []),
         ("pretrain/checkpoints/step-00000040", []),
         ("search", []),
-        ("slim/.checkpoint.tmp", []),
+        ("slim/.checkpoint.converting", []),
         ("retrain/checkpoints/step-00000030", []),
         ("report", []),
         (
