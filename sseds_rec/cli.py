@@ -118,7 +118,7 @@ def retrain(
     rerun: Rerun = False,
     as_json: Json = False,
 ) -> None:
-    """Train the slim model from the winning ticket."""
+    """Train the slim model from the winning ticket, or from another start (retrain.tables, dense, transform)."""
     _run_stage("retrain", _config(config, overrides, paper), run_dir, rerun, as_json)
 
 

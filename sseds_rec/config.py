@@ -15,12 +15,14 @@ from sseds_rec.distributed.sharding import ShardingConfig
 from sseds_rec.errors import UserError
 from sseds_rec.files import open_file, write_text
 from sseds_rec.models.registry import ModelConfig
+from sseds_rec.models.ticket import Dense, Tables
 from sseds_rec.search.allocate import Order, allocate
 from sseds_rec.search.budget import Budget
 from sseds_rec.search.criteria import CRITERIA
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.rules import TableRule
 from sseds_rec.search.scores import DimensionScores
+from sseds_rec.slim.alignment import Init
 from sseds_rec.training.config import TrainConfig
 
 
@@ -97,11 +99,17 @@ class RetrainConfig(_Section):
 
     Attributes:
         transform: the transform matrices' start. "random" is the paper; "select" starts as the masked full model.
-        epochs, learning_rate, table_learning_rate, warmup_steps, embedding_l2, patience: null for the value of `train`.
+        tables: the tables' start: "ticket" for the trained columns that were kept, "random" for new ones, drawn as
+            pretraining draws them. Rows keep the raw ids that they were given in either case.
+        dense: the other weights' start: "kept" for the pretrained ones where shapes allow, "fresh" for the model's own.
+        epochs: null for that of `train`; 0 trains nothing, so that the stage measures and leaves the start.
+        learning_rate, table_learning_rate, warmup_steps, embedding_l2, patience: null for the value of `train`.
     """
 
-    transform: Literal["random", "select"] = "select"
-    epochs: int | None = Field(None, ge=1)
+    transform: Init = "select"
+    tables: Tables = "ticket"
+    dense: Dense = "kept"
+    epochs: int | None = Field(None, ge=0)
     learning_rate: float | None = Field(None, gt=0)
     table_learning_rate: float | None = Field(None, gt=0)
     warmup_steps: int | None = Field(None, ge=0)
@@ -146,7 +154,7 @@ class Config(_Section):
 
     def retrain_as_train(self) -> TrainConfig:
         """The `train` section with what `retrain` overrides."""
-        own = self.retrain.model_dump(exclude={"transform"}, exclude_none=True)
+        own = self.retrain.model_dump(exclude={"transform", "tables", "dense"}, exclude_none=True)
         return self.train.model_copy(update=own)
 
     def save(self, path: Path) -> None:

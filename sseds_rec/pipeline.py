@@ -213,15 +213,18 @@ class Pipeline:
         return self._finish("slim", {**self._test(model), **parameter_counts(model), "seconds": seconds})
 
     def retrain(self) -> dict[str, Any]:
-        """Trains the slim model from the winning ticket; leaves `retrain/checkpoint` and `retrain/metrics.json`."""
+        """Trains the slim model from the winning ticket, or from what `retrain.tables` and `retrain.dense` leave of it.
+
+        Leaves `retrain/checkpoint` and `retrain/metrics.json`; with `retrain.epochs=0` they are the start's.
+        """
         self.run.require("retrain", "slim")
         self._seed()
-        plan, train = self._plan(), self.config.retrain_as_train()
-        model = build_slim_model(
-            self.config.model, self.schema, plan, self.config.retrain.transform, train.embedding_l2
-        )
+        plan, train, own = self._plan(), self.config.retrain_as_train(), self.config.retrain
+        model = build_slim_model(self.config.model, self.schema, plan, own.transform, train.embedding_l2)
         checkpoint = self.run.path("slim", "checkpoint")
-        return self._train("retrain", model, train, lambda sharded: load_ticket(checkpoint, sharded, plan))
+        return self._train(
+            "retrain", model, train, lambda sharded: load_ticket(checkpoint, sharded, plan, own.tables, own.dense)
+        )
 
     def report(self) -> None:
         """Writes `report/index.html` from the other stages' artefacts."""
@@ -259,7 +262,7 @@ class Pipeline:
             "validation_auc": progress.best_auc,
             **parameter_counts(sharded),
             "seconds": progress.seconds,
-            "samples_per_second": progress.samples / progress.train_seconds,
+            "samples_per_second": progress.samples / progress.train_seconds if progress.samples else None,
             "epochs": progress.epoch,
             "steps": progress.step,
         }

@@ -23,7 +23,7 @@ from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.slim.alignment import Init
 from sseds_rec.slim.mass import MassColumns
 
-#: Small, so that the first logits are: TorchRec's own start is ±√(1/n), large in tables of few rows.
+#: Of all tables, slim ones too. Small, so that the first logits are: TorchRec's own is ±√(1/n), large in tables of few rows.
 _START = partial(nn.init.normal_, std=0.01)
 
 
@@ -49,13 +49,12 @@ class CtrModel(nn.Module):
         masses: MassColumns | None = None,
     ) -> None:
         super().__init__()
+        tables = [replace(table, init_fn=_START) for table in tables]
         plain = [table for table in tables if table.feature_names[0] not in raw]
         managed = [table for table in tables if table.feature_names[0] in raw]
         self.raw = [table.feature_names[0] for table in managed]
         meta = torch.device("meta")
         self.embeddings = EmbeddingBagCollection(plain, is_weighted, meta) if plain else None
-        # Rows that new ids take over begin as all rows once did, in a slim model too.
-        managed = [replace(table, init_fn=_START) for table in managed]
         self.managed = managed_collection(managed, is_weighted) if managed else None
         self.masses = masses
         self.over = over
@@ -103,7 +102,6 @@ def build_model(config: ModelConfig, schema: Schema, embedding_l2: float = 0.0) 
             feature_names=[field.name],
             num_embeddings=rows_of(field),
             embedding_dim=config.embedding_dim,
-            init_fn=_START,
             # In a weighted set the weights of a sequence to be averaged are 1/length.
             pooling=PoolingType.MEAN if field.kind == "sequence" and not schema.is_weighted else PoolingType.SUM,
         )

@@ -1,12 +1,14 @@
-"""The winning ticket: a slim model that starts from the trained full one (Section 3.2.3)."""
+"""The winning ticket: a slim model that starts from the trained full one (Section 3.2.3), or from parts of it (Table 2)."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from sseds_rec.distributed.checkpoint import load_checkpoint, stored_shapes
@@ -15,11 +17,21 @@ from sseds_rec.models.ctr import CtrModel
 from sseds_rec.models.registry import OverArch
 from sseds_rec.search.plan import DimensionPlan
 
-_TABLES = ("embeddings.", "managed.")
+Tables = Literal["ticket", "random"]
+Dense = Literal["kept", "fresh"]
+
+_EMBEDDINGS = ("embeddings.", "managed.")
+_TABLE = ".embedding_bags."
 _TRANSFORMS = ".alignment.transforms."
 
 
-def load_ticket(checkpoint: Path, model: DistributedModelParallel, plan: DimensionPlan) -> None:
+def load_ticket(
+    checkpoint: Path,
+    model: DistributedModelParallel,
+    plan: DimensionPlan,
+    tables: Tables = "ticket",
+    dense: Dense = "kept",
+) -> None:
     """Starts a sharded slim model from a slim checkpoint, whose dense weights are still those of the full model.
 
     Tables are taken as they are. Dense weights keep what runs over the kept columns (`OverArch.over_raw`) and other inputs that
@@ -31,6 +43,9 @@ def load_ticket(checkpoint: Path, model: DistributedModelParallel, plan: Dimensi
         checkpoint: from `slim_checkpoint`.
         model: `CtrModel` built from the plan, sharded; its tables may be placed in any way.
         plan: of the checkpoint, its tables in the order of the full model's fields (`plan_for`).
+        tables: "random" leaves tables as they were drawn when the model was sharded, but for padding, which is zero as in the
+            checkpoint. The map of raw ids to rows is no weight and is taken over always.
+        dense: "fresh" leaves dense weights and batch norm's statistics at the model's own start.
 
     Raises:
         UserError: a weight is missing or has a shape that cannot be taken over (names it).
@@ -38,12 +53,12 @@ def load_ticket(checkpoint: Path, model: DistributedModelParallel, plan: Dimensi
     module: CtrModel = model.module
     stored = stored_shapes(checkpoint)
     state = model.state_dict()
-    wanted = {name: value for name, value in state.items() if _TRANSFORMS not in name}
+    wanted = {name: value for name, value in state.items() if _starts_from(name, tables, dense)}
     whole: dict[str, Tensor] = {}
     for name, value in wanted.items():
         if f"model.{name}" not in stored:
             raise UserError(f"{checkpoint}: holds no weight {name}; it is not of this model")
-        whole[name] = value if name.startswith(_TABLES) else torch.empty(stored[f"model.{name}"], dtype=value.dtype)
+        whole[name] = value if name.startswith(_EMBEDDINGS) else torch.empty(stored[f"model.{name}"], dtype=value.dtype)
     load_checkpoint({"model": whole}, checkpoint)
     fields, (table, *_) = module.over.fields, plan.tables.values()
     realigned = fields.alignment is not None and fields.aligned_dim != table.original_dim
@@ -55,7 +70,27 @@ def load_ticket(checkpoint: Path, model: DistributedModelParallel, plan: Dimensi
             value.copy_(source)
         elif not realigned:
             raise UserError(f"{checkpoint}: {name} is {list(source.shape)}, the model's is {list(value.shape)}")
+    if tables == "random":
+        for name, value in state.items():
+            if _TABLE in name:
+                _clear_padding(value, plan.tables[name.split(".")[-2]].embedding_dim)
     model.load_state_dict(state)
+
+
+def _starts_from(name: str, tables: Tables, dense: Dense) -> bool:
+    """Whether an entry of the model's state is taken from the checkpoint."""
+    if name.startswith(_EMBEDDINGS):
+        return tables == "ticket" or _TABLE not in name
+    return dense == "kept" and _TRANSFORMS not in name
+
+
+def _clear_padding(table: Tensor | ShardedTensor, dim: int) -> None:
+    """Zeros the stored columns from `dim` on, of a whole table or this rank's shards: the embeddings' L2 would count them."""
+    if isinstance(table, ShardedTensor):
+        for part in table.local_shards():
+            part.tensor[:, max(dim - part.metadata.shard_offsets[1], 0) :] = 0
+    else:
+        table[:, dim:] = 0
 
 
 def _kept(weight: Tensor, name: str, over: OverArch, plan: DimensionPlan) -> Tensor:

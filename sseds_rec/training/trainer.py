@@ -45,8 +45,8 @@ class Trainer:
         folder: gets `history.jsonl`, `tensorboard/` and `checkpoints/`.
         runtime: of this process.
         fingerprint: of the settings that a checkpoint must have been made under.
-        from_trained: whether the model is a trained one already: then it is measured before the first step too, and is the
-            best one until an epoch is better.
+        from_trained: whether the model may be a trained one already: then it is measured before the first step too, and is
+            the best one until an epoch is better. Of no epochs, it is what is left.
     """
 
     def __init__(

@@ -334,6 +334,40 @@ def test_the_slim_model_keeps_the_map_and_equals_the_masked_one(tmp_path: Path, 
     assert after < before
 
 
+def _random_start_on_rank(rank: int, world_size: int, folder: str) -> tuple[dict[str, Tensor], Tensor]:
+    plan = plan_for(MODEL, _schema(), sr.DimensionPlan.load(f"{folder}/plan.json"))
+    torch.manual_seed(5 + rank)
+    model = _shard(build_slim_model(MODEL, _schema(), plan, "select"), rank, world_size, "rowwise_adagrad")
+    load_ticket(Path(f"{folder}/slim"), model, plan, tables="random")
+    return _state(model), _logits(model, _batch(_bags(False), rank, world_size))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_random_tables_of_a_slim_model_keep_the_map(tmp_path: Path, world_size: int) -> None:
+    saved = run_ranks(world_size, _save_on_rank, str(tmp_path / "full"))
+    states, bags = [answer[2] for answer in saved], _bags(False)
+    facts = plan_tables(embedding_modules(build_model(MODEL, _schema())))
+    plan = sr.allocate(DimensionScores(saved[0][1], facts, {}), sr.Budget(dims=0.7), multiple=1, min_dim=1)
+    plan.save(tmp_path / "plan.json")
+    own = plan_for(MODEL, _schema(), plan)
+    sr.slim_checkpoint(tmp_path / "full", tmp_path / "slim", own)
+
+    answers = run_ranks(world_size, _random_start_on_rank, str(tmp_path))
+    for before, (after, _) in zip(states, answers, strict=True):
+        maps = {name for name in before if name.startswith("managed.") and ".embedding_bags." not in name}
+        assert len(maps) > 4 and all(torch.equal(before[name], after[name]) for name in maps)
+    drawn = _whole_tables([after for after, _ in answers])
+    tables = {name: torch.zeros(rows, D) for name, rows in ROWS.items()}
+    for name, table in own.tables.items():
+        assert drawn[name].shape == (table.rows, table.stored_dim) and not drawn[name][:, table.embedding_dim :].any()
+        tables[name][:, table.kept] = drawn[name][:, : table.embedding_dim]
+    values = torch.cat([table[table != 0] for table in tables.values()])
+    assert len(values) == sum(table.rows * table.embedding_dim for table in own.tables.values())
+    assert abs(float(values.std()) - 0.01) < 0.002 and abs(float(values.mean())) < 0.002
+    expected = plain_deepfm(_over(states), torch.empty(COUNT, 0), _pooled(bags, tables, _maps(states)))
+    torch.testing.assert_close(torch.cat([logits for _, logits in answers]), expected, rtol=1e-4, atol=1e-5)
+
+
 def _refused_on_rank(rank: int, world_size: int, placement: str, rows: int) -> str:
     model = build_model(MODEL, _schema(rows=rows))
     fuse_table_optimizer(model, "adagrad", 0.1, placement)  # type: ignore[arg-type]
