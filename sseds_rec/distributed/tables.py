@@ -79,8 +79,8 @@ def stored_dim(embedding_dim: int) -> int:
     return -(-embedding_dim // KERNEL_MULTIPLE) * KERNEL_MULTIPLE
 
 
-def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path without wrappers -> every embedding collection of a model that can be searched, plain or sharded.
+def embedding_modules(model: nn.Module, also: tuple[type[nn.Module], ...] = ()) -> dict[str, nn.Module]:
+    """Path without wrappers -> every embedding collection of a model that can be searched, plain or sharded, or is in `also`.
 
     These are `EmbeddingBagCollection` and `EmbeddingCollection`. One that belongs to a module which processes or remaps its
     ids first (`FeatureProcessedEmbeddingBagCollection`, managed collision) is not named beside that module.
@@ -88,6 +88,7 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         UserError: the model has none, or has an embedding module that cannot be searched (named).
     """
+    kinds: tuple[type[nn.Module], ...] = (*SEARCHABLE, *also)
     found: dict[str, nn.Module] = {}
     at: dict[str, nn.Module] = {}
     plain_paths: dict[str, str] = {}
@@ -100,7 +101,7 @@ def embedding_modules(model: nn.Module) -> dict[str, nn.Module]:
         at[path], plain_paths[path] = module, plain
         if path and parent in covered:
             covered.add(path)
-        elif isinstance(module, SEARCHABLE):
+        elif isinstance(module, kinds):
             _check_kernels(plain, module)
             covered.add(path)
             found[plain] = module
@@ -135,17 +136,23 @@ def _check_kernels(path: str, module: nn.Module) -> None:
 
 def table_configs(module: nn.Module) -> list[EmbeddingBagConfig]:
     """The tables of one of `embedding_modules`; an EmbeddingCollection's are `EmbeddingConfig`s, which have no pooling."""
-    inner = getattr(module, "_embedding_module", None) or getattr(module, "_embedding_bag_collection", None)
-    if inner is not None:
-        return table_configs(inner)
-    configs = module._embedding_configs if is_sequence(module) else module._embedding_bag_configs
+    collection = collection_of(module)
+    configs = collection._embedding_configs if is_sequence(module) else collection._embedding_bag_configs
     return configs  # type: ignore[return-value]
+
+
+def collection_of(module: nn.Module) -> nn.Module:
+    """One of `embedding_modules`, or the collection inside, if it processes or remaps ids first."""
+    for attribute in ("_embedding_module", "_embedding_bag_collection", "_embedding_collection"):
+        inner = getattr(module, attribute, None)
+        if inner is not None:
+            return inner
+    return module
 
 
 def is_sequence(module: nn.Module) -> bool:
     """Whether this returns an embedding per id (EmbeddingCollection) and not one per bag of ids."""
-    inner = getattr(module, "_embedding_module", module)
-    return isinstance(inner, (EmbeddingCollection, ShardedEmbeddingCollection))
+    return isinstance(collection_of(module), (EmbeddingCollection, ShardedEmbeddingCollection))
 
 
 def lookup_modules(model: nn.Module) -> list[nn.Module]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,42 +15,59 @@ from sseds_rec.search.rotation import Rotation
 _ROWS = 1 << 16
 
 
-class RowConversion(Protocol):
-    """Rows [n, D] -> rows [n, width].
+class RowConversion(ABC):
+    """Rows [n, D] -> rows [n, width], from some of the D columns.
 
-    The rows come in parts, since column-wise shards lie apart: (first, values [n, c]) are columns [first, first + c).
+    Columns may come in parts, since column-wise shards lie apart.
+
+    Args:
+        needs: the columns [m] that the result depends on, ascending.
+        width: of the result.
     """
 
-    width: int
+    def __init__(self, needs: Tensor, width: int) -> None:
+        self.needs, self.width = needs, width
+
+    def part(self, first: int, stop: int) -> tuple[slice, Tensor]:
+        """Of the columns [first, stop): where in `needs` those are that are needed, and which of the part's columns they are."""
+        begin, end = (int(torch.searchsorted(self.needs, column)) for column in (first, stop))
+        return slice(begin, end), self.needs[begin:end] - first
 
     def reads(self, first: int, stop: int) -> bool:
-        """Whether the result depends on any of the columns [first, stop)."""
-        ...
+        """Whether any of the columns [first, stop) is needed."""
+        return len(self.part(first, stop)[1]) > 0
 
     def convert(self, parts: Iterable[tuple[int, Tensor]], target: Tensor) -> None:
-        """Fills all of `target` [n, width] from the parts that `reads` asks for, whatever it held."""
-        ...
+        """Fills `target` [n, width] from (first, values [n, c]), columns [first, first + c), of all parts that are needed."""
+        gathered = self.room(target)
+        for first, values in parts:
+            place, columns = self.part(first, first + values.shape[1])
+            torch.index_select(values, 1, columns.to(values.device), out=gathered[:, place])
+        self.finish(gathered, target)
+
+    @abstractmethod
+    def room(self, target: Tensor) -> Tensor:
+        """Memory [n, m] for the needed columns."""
+
+    @abstractmethod
+    def finish(self, gathered: Tensor, target: Tensor) -> None:
+        """Fills `target` [n, width], whatever it held, once its `room` is filled."""
 
 
-class KeepColumns:
+class KeepColumns(RowConversion):
     """The kept columns side by side, and zeros behind them up to the stored width."""
 
     def __init__(self, kept: Sequence[int], width: int) -> None:
-        self.kept, self.width = torch.tensor(kept, dtype=torch.int64), width
+        super().__init__(torch.tensor(kept, dtype=torch.int64), width)
 
-    def reads(self, first: int, stop: int) -> bool:
-        return bool(((self.kept >= first) & (self.kept < stop)).any())
+    def room(self, target: Tensor) -> Tensor:
+        return target[:, : len(self.needs)]
 
-    def convert(self, parts: Iterable[tuple[int, Tensor]], target: Tensor) -> None:
-        target[:, len(self.kept) :] = 0
-        for first, values in parts:
-            # The kept columns ascend, so those of one part are neighbours in the target.
-            begin, end = (int(torch.searchsorted(self.kept, c)) for c in (first, first + values.shape[1]))
-            columns = (self.kept[begin:end] - first).to(values.device)
-            torch.index_select(values, 1, columns, out=target[:, begin:end])
+    def finish(self, gathered: Tensor, target: Tensor) -> None:
+        target[:, len(self.needs) :] = 0
 
 
-class Product:
+class Product(RowConversion):
     """X A + b, summed in float64, and zeros behind it up to the stored width.
 
     Args:
@@ -60,24 +77,19 @@ class Product:
     """
 
     def __init__(self, matrix: Tensor, constant: Tensor | None = None, width: int | None = None) -> None:
+        super().__init__(matrix.any(dim=1).nonzero()[:, 0], matrix.shape[1] if width is None else width)
         self.matrix = matrix.double()
         self.constant = self.matrix.new_zeros(matrix.shape[1]) if constant is None else constant.double()
-        self.width = matrix.shape[1] if width is None else width
 
-    def reads(self, first: int, stop: int) -> bool:
-        return bool(self.matrix[first:stop].any())
+    def room(self, target: Tensor) -> Tensor:
+        return target.new_empty(len(target), len(self.needs))
 
-    def convert(self, parts: Iterable[tuple[int, Tensor]], target: Tensor) -> None:
-        d = self.matrix.shape[1]
-        held = list(parts)
+    def finish(self, gathered: Tensor, target: Tensor) -> None:
+        matrix, constant = self.matrix[self.needs].to(target.device), self.constant.to(target.device)
+        d = len(constant)
+        for rows, results in zip(gathered.split(_ROWS), target.split(_ROWS), strict=True):
+            results[:, :d] = torch.addmm(constant, rows.double(), matrix)
         target[:, d:] = 0
-        matrix, constant = self.matrix.to(target.device), self.constant.to(target.device)
-        for begin in range(0, len(target), _ROWS):
-            rows = slice(begin, begin + _ROWS)
-            sums = constant.expand(len(target[rows]), d).clone()
-            for first, values in held:
-                sums.addmm_(values[rows].double(), matrix[first : first + values.shape[1]])
-            target[rows, :d] = sums
 
 
 def row_conversion(plan: TablePlan, rotation: Rotation | None) -> RowConversion:

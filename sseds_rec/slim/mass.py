@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from sseds_rec.slim.alignment import columns_of
 
@@ -45,10 +46,10 @@ class MassColumns(nn.Module):
         #: key -> columns of what is returned, in the order of `dims`.
         self.dims = {key: d + (key in features) for key, d in dims.items() if d or key in features}
 
-    def forward(self, embeddings: KeyedTensor, ids: KeyedJaggedTensor) -> KeyedTensor:
-        """Embeddings of at least the kept tables and ids of at least the rotated ones -> [B, Σ dims]."""
-        columns = columns_of(embeddings, self.kept)
-        masses = self._masses(ids) if self.features else {}
+    def forward(self, embeddings: KeyedTensor | None, ids: KeyedJaggedTensor) -> KeyedTensor:
+        """Embeddings of at least the kept tables, if there are any, and ids of at least the rotated ones -> [B, Σ dims]."""
+        columns = columns_of(embeddings, self.kept) if self.kept else {}
+        masses = self._masses(maybe_td_to_kjt(ids, None)) if self.features else {}
         parts = [part for key in self.dims for part in (columns.get(key), masses.get(key)) if part is not None]
         return KeyedTensor(list(self.dims), list(self.dims.values()), torch.cat(parts, dim=1))
 

@@ -1,195 +1,108 @@
-"""Swaps the EmbeddingBagCollections of a model for slim ones that look the same from outside."""
+"""Swaps the embedding collections of a model for slim ones that look the same from outside."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
-from itertools import groupby
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection, get_embedding_names_by_table
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
+from torchrec.distributed.types import ShardedModule, ShardedTensor
 
-from sseds_rec.distributed.managed import is_managed
-from sseds_rec.distributed.tables import embedding_modules
+from sseds_rec.distributed.tables import (
+    collection_of,
+    embedding_modules,
+    is_sequence,
+    lookup_modules,
+    table_configs,
+)
 from sseds_rec.errors import UserError
-from sseds_rec.search.plan import DimensionPlan, TablePlan
-from sseds_rec.search.rotation import Rotation
+from sseds_rec.search.plan import DimensionPlan
+from sseds_rec.search.scores import Table
 from sseds_rec.search.tap import plan_tables, qualified_tables
-from sseds_rec.slim.alignment import Alignment, Init
+from sseds_rec.slim.alignment import Init
+from sseds_rec.slim.collections import SlimEmbeddingBagCollection, SlimEmbeddingCollection, SlimModule
 from sseds_rec.slim.columns import row_conversion
-from sseds_rec.slim.mass import MassColumns
+from sseds_rec.slim.offline.entries import conversions
+from sseds_rec.slim.rebuild import MANAGED, PROCESSED, ROW_PRUNED, rebuild
+from sseds_rec.slim.transfer import transfer
+from sseds_rec.slim.widening import Output, Tables
+
+Shard = Callable[[nn.Module], nn.Module]
 
 
-class SlimEmbeddingBagCollection(nn.Module):
-    """An EmbeddingBagCollection with fewer columns that returns the keys, order and widths of the original.
+def slim(
+    model: nn.Module,
+    plan: DimensionPlan,
+    init: Init = "select",
+    aligned_dim: int | None = None,
+    raw: bool = False,
+    shard: Shard | None = None,
+) -> nn.Module:
+    """A copy of a model whose embedding collections have the plan's columns; everything around them runs unchanged.
 
-    Kept columns are aligned to the original width by a transform matrix per table (Eq. 13). Features of dropped tables are
-    zeros, and of dropped rotated ones their mean.
+    EmbeddingBagCollections and EmbeddingCollections are replaced wherever they are in the module tree, and so are the modules
+    that process or remap ids before they look them up: feature processors, managed collision and (unsharded) row-pruning
+    collections, with the state they have. Optimizers given to tables by `apply_optimizer_in_backward` are given to the new ones.
 
-    Its tables have the names of the original's in state dicts (`<path>.embedding_bags.<table>.weight`), so that what
-    `slim_checkpoint` writes loads into it.
+    Before sharding, tables that hold values give their kept columns to the new ones; tables on the meta device stay there, and
+    `slim_checkpoint`'s result can be loaded once they are sharded. Tables of the original are never copied whole.
 
-    Args:
-        configs: the original tables.
-        plans: original table name -> its plan.
-        rotations: original table name -> its rotation, of those that are rotated.
-        device: of the new tables; "meta" before `DistributedModelParallel`.
-        init: "select" starts as the masked (rotated: projected) original, "random" as the paper.
-        is_weighted: whether the original pools with per-id weights.
-
-    Raises:
-        UserError: the plan drops every table.
-    """
-
-    def __init__(
-        self,
-        configs: list[EmbeddingBagConfig],
-        plans: Mapping[str, TablePlan],
-        rotations: Mapping[str, Rotation],
-        device: torch.device,
-        init: Init,
-        is_weighted: bool = False,
-    ) -> None:
-        super().__init__()
-        kept = [config for config in configs if plans[config.name].kept]
-        if not kept:
-            raise UserError(
-                f"the plan drops all tables of one EmbeddingBagCollection ({', '.join(plans)}); raise the budget or set min_dim"
-            )
-        self.embedding_bag_collection = EmbeddingBagCollection(
-            tables=[dataclasses.replace(c, embedding_dim=plans[c.name].stored_dim) for c in kept],
-            is_weighted=is_weighted,
-            device=device,
-        )
-        names = dict(zip((c.name for c in configs), get_embedding_names_by_table(configs), strict=True))
-        tables = {key: c.name for c in configs for key in names[c.name]}
-        original = {key: c.embedding_dim for c in configs for key in names[c.name]}
-        masses = MassColumns(
-            {key: plans[tables[key]].embedding_dim for key in sorted(original, key=original.__getitem__)},
-            {
-                key: f
-                for c in configs
-                if c.name in rotations
-                for key, f in zip(names[c.name], c.feature_names, strict=True)
-            },
-            {key: rotations[table].mean_length for key, table in tables.items() if table in rotations},
-            [key for c in configs if c.pooling == PoolingType.MEAN for key in names[c.name]],
-            is_weighted,
-        )
-        self.widening = _Widening(masses, original, tables)
-        self.widening.to(torch.device("cpu") if device.type == "meta" else device)
-        for alignment in self.widening.alignments.values():
-            alignment.start(init, {name: own.kept for name, own in plans.items()}, rotations)  # type: ignore[operator]
-        self.register_state_dict_post_hook(_hide_collection)
-        self.register_load_state_dict_pre_hook(_restore_collection)
-
-    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """KJT over at least the kept and the rotated features -> KeyedTensor [B, Σ original D], keys in the original order."""
-        widened: KeyedTensor = self.widening(self.embedding_bag_collection(features), features)
-        return widened
-
-
-class _Widening(nn.Module):
-    """Kept columns -> the original widths: all that is done after the lookup (a module of its own as `MassColumns` is).
+    A `DistributedModelParallel` becomes another, sharded by a plan of its own, and its columns go from shard to shard, some
+    megabytes at a time; all ranks call it. Optimizer state begins anew (`slim_checkpoint` keeps it).
 
     Args:
-        masses: gives the columns to align, in the order of their keys' original widths.
-        original: key -> D, in the original order.
-        tables: key -> table.
-    """
-
-    def __init__(self, masses: MassColumns, original: Mapping[str, int], tables: Mapping[str, str]) -> None:
-        super().__init__()
-        self.masses = masses
-        self.original = dict(original)
-        # Aligned per original width, since tables of one collection may differ in it.
-        self.keys = {width: list(keys) for width, keys in groupby(masses.dims, key=original.__getitem__)}
-        self.sizes = [sum(masses.dims[key] for key in keys) for keys in self.keys.values()]
-        self.alignments = nn.ModuleDict(
-            {
-                str(width): Alignment(
-                    {key: masses.dims[key] for key in keys}, width, {key: tables[key] for key in keys}
-                )
-                for width, keys in self.keys.items()
-            }
-        )
-
-    def forward(self, embeddings: KeyedTensor, features: KeyedJaggedTensor) -> KeyedTensor:
-        columns = self.masses(embeddings, features).values()
-        aligned: dict[str, Tensor] = {}
-        groups = zip(self.keys.values(), self.alignments.values(), columns.split(self.sizes, dim=1), strict=True)
-        for keys, alignment, group in groups:
-            aligned |= zip(keys, alignment(group).unbind(1), strict=True)
-        values = [
-            aligned[key] if key in aligned else columns.new_zeros(columns.shape[0], d)
-            for key, d in self.original.items()
-        ]
-        return KeyedTensor.from_tensor_list(list(self.original), values)
-
-
-_COLLECTION = "embedding_bag_collection."
-
-
-def _hide_collection(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in [name for name in state if name.startswith(prefix + _COLLECTION)]:
-        state[prefix + name.removeprefix(prefix + _COLLECTION)] = state.pop(name)
-
-
-def _restore_collection(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}embedding_bags.")]:
-        state[prefix + _COLLECTION + name.removeprefix(prefix)] = state.pop(name)
-
-
-def slim(model: nn.Module, plan: DimensionPlan, init: Init = "select") -> nn.Module:
-    """A copy of a model whose EmbeddingBagCollections have the plan's columns; everything around them runs unchanged.
-
-    Call it before `DistributedModelParallel`. Tables that hold values give their kept columns to the new ones; tables on the
-    meta device stay there. Tables of the original are never copied whole.
-
-    Args:
-        model: any module tree with unsharded EmbeddingBagCollections.
+        model: any module tree, sharded or not; only read.
         plan: made from the scores of this model, sharded or not.
         init: "select" makes the result equal to the model with the dropped columns set to zero or, of rotated tables, the
             dropped coordinates set to those of the mean; "random" draws the transform matrices, as the paper does before
             retraining.
+        aligned_dim: width of all embeddings that the collections return, for models built for another one; by default the
+            original widths. Needs init="random" if it differs from them.
+        raw: return the kept columns as they are, d_i wide and without transform matrices, and no dropped features: for models
+            that concatenate. An embedding of a rotated table then has its mass as last column (see `MassColumns`).
+        shard: makes the slim model, on the meta device, a sharded one, as the job makes its model one; by default
+            `DistributedModelParallel` with the sharders, process group and device that `model` was made with.
 
     Raises:
-        UserError: the model is sharded or has other embedding modules, or the plan is of another model (names the table).
+        UserError: the plan is of another model (names the table), a module cannot be rebuilt or its tables not be rotated
+            (names it), or options exclude each other.
     """
-    modules = embedding_modules(model)
-    for path, module in modules.items():
-        if is_managed(module):
-            raise UserError(
-                f"{path}: slim() does not rebuild managed collision collections; build the slim one from "
-                "plan.embedding_bag_configs(), and let it start from slim_checkpoint()"
-            )
-        if isinstance(module, (EmbeddingCollection, ShardedEmbeddingCollection)):
-            raise UserError(
-                f"{path}: slim() does not rebuild {type(module).__name__}; it rebuilds EmbeddingBagCollections"
-            )
-        if not isinstance(module, EmbeddingBagCollection):
-            raise UserError(
-                f"{path}: {type(module).__name__} is already sharded; call slim() before DistributedModelParallel"
-            )
-    check_plan(plan, model)
+    output = Output(init, aligned_dim, raw)
+    modules = embedding_modules(model, ROW_PRUNED)
+    _check(model, modules, plan, output, shard)
     names = qualified_tables(modules)
+    sharded = any(isinstance(module, ShardedModule) for module in modules.values())
     memo: dict[int, nn.Module] = {}
     for path, module in modules.items():
-        assert isinstance(module, EmbeddingBagCollection)
-        configs = module.embedding_bag_configs()
-        plans = {c.name: plan.tables[names[path, c.name]] for c in configs}
-        rotations = {c.name: own for c in configs if (own := plan.rotations.get(names[path, c.name])) is not None}
-        replacement = SlimEmbeddingBagCollection(configs, plans, rotations, module.device, init, module.is_weighted())
-        if module.device.type != "meta":
-            _copy_columns(module, replacement.embedding_bag_collection, plans, rotations)
-        memo[id(module)] = replacement
-    return copy.deepcopy(model, memo)
+        configs = table_configs(module)
+        tables = Tables(
+            configs,
+            {c.name: plan.tables[names[path, c.name]] for c in configs},
+            {c.name: own for c in configs if (own := plan.rotations.get(names[path, c.name])) is not None},
+        )
+        on = torch.device("meta") if sharded else next(iter(_weights(module).values())).device
+        memo[id(module)] = replacement = _replacement(module, tables, output, on)
+        if on.type != "meta":
+            _fill(module, replacement, tables)
+    if not isinstance(model, DistributedModelParallel) or not sharded:
+        return copy.deepcopy(model, memo)
+    tree = copy.deepcopy(get_unwrapped_module(model), memo)
+    slimmed = shard(tree) if shard is not None else _shard_alike(model, tree)
+    state = model.state_dict()
+    shapes = {name: value.size() for name, value in state.items() if isinstance(value, (Tensor, ShardedTensor))}
+    transfer(
+        state,
+        slimmed.state_dict(),
+        conversions(Path("the model"), shapes, plan),
+        model._env.process_group,
+        model.device,
+    )
+    return slimmed
 
 
 def check_plan(plan: DimensionPlan, model: nn.Module) -> None:
@@ -198,7 +111,10 @@ def check_plan(plan: DimensionPlan, model: nn.Module) -> None:
     Raises:
         UserError: names the first table that is missing on either side, or whose rows or width differ.
     """
-    tables = plan_tables(embedding_modules(model))
+    _check_tables(plan, plan_tables(embedding_modules(model, ROW_PRUNED)))
+
+
+def _check_tables(plan: DimensionPlan, tables: Mapping[str, Table]) -> None:
     for name in [*tables, *plan.tables]:
         if name not in plan.tables or name not in tables:
             raise UserError(
@@ -212,13 +128,88 @@ def check_plan(plan: DimensionPlan, model: nn.Module) -> None:
             )
 
 
-@torch.no_grad()
-def _copy_columns(
-    source: EmbeddingBagCollection,
-    target: EmbeddingBagCollection,
-    plans: Mapping[str, TablePlan],
-    rotations: Mapping[str, Rotation],
+def _check(
+    model: nn.Module, modules: Mapping[str, nn.Module], plan: DimensionPlan, output: Output, shard: Shard | None
 ) -> None:
-    for table, bag in target.embedding_bags.items():
-        conversion = row_conversion(plans[table], rotations.get(table))
-        conversion.convert([(0, source.embedding_bags[table].weight)], bag.weight)
+    _check_tables(plan, plan_tables(dict(modules)))
+    names = qualified_tables(dict(modules))
+    if output.raw and output.aligned_dim is not None:
+        raise UserError(f"raw=True returns the kept columns, aligned_dim={output.aligned_dim} aligns them; choose one")
+    for path, module in modules.items():
+        where = path or type(model).__name__
+        for config in table_configs(module):
+            name = names[path, config.name]
+            if output.aligned_dim not in (None, config.embedding_dim) and output.init == "select":
+                raise UserError(
+                    f"table {name}: init='select' puts columns back to where they were, in {config.embedding_dim}, "
+                    f"not aligned_dim={output.aligned_dim}; choose init='random'"
+                )
+            if name in plan.rotations and (is_sequence(module) or isinstance(module, (*PROCESSED, *MANAGED))):
+                raise UserError(
+                    f"{where}: the plan rotates table {name}, which is possible in a plain EmbeddingBagCollection only; "
+                    "search with criterion='ggn'"
+                )
+    sharded = [isinstance(module, ShardedModule) for module in modules.values()]
+    if any(sharded) and not isinstance(model, DistributedModelParallel):
+        raise UserError(
+            f"{type(model).__name__} holds sharded tables; give slim() the DistributedModelParallel around it"
+        )
+    if shard is not None and not any(sharded):
+        raise UserError("shard= is for a model that is sharded; shard what slim() returns")
+    if any(sharded) and shard is None:
+        _check_optimizers(model, modules)
+
+
+def _check_optimizers(model: DistributedModelParallel, modules: Mapping[str, nn.Module]) -> None:
+    """Refuses to shard as before if tables would be trained differently: sharded EmbeddingCollections forget their optimizers."""
+    sharders = [inner for own in model.sharders for inner in (own, getattr(own, "_e_sharder", own))]
+    given = [(getattr(own, "fused_params", None) or {}).get("optimizer") for own in sharders]
+    for path, module in modules.items():
+        for lookup in lookup_modules(module) if is_sequence(module) else []:
+            config = getattr(lookup, "_config", None)
+            used = (getattr(config, "fused_params", None) or {}).get("optimizer")
+            if used is not None and used not in given:
+                raise UserError(
+                    f"{path}: TorchRec does not keep how the optimizer of a sharded EmbeddingCollection was given; "
+                    "give slim() shard=, a function that applies it and makes the DistributedModelParallel"
+                )
+
+
+def _replacement(module: nn.Module, tables: Tables, output: Output, on: torch.device) -> SlimModule:
+    kept = [
+        dataclasses.replace(config, embedding_dim=tables.plans[config.name].stored_dim)
+        for config in tables.configs
+        if tables.plans[config.name].kept
+    ]
+    collection: Any = collection_of(module)
+    remaps = isinstance(module, MANAGED)
+    replacement: SlimModule
+    if is_sequence(module):
+        widths = sorted({config.embedding_dim for config in kept})
+        parts = {width: rebuild(module, [c for c in kept if c.embedding_dim == width], on) for width in widths}
+        replacement = SlimEmbeddingCollection(parts, tables, output, collection._need_indices, remaps)
+    else:
+        rebuilt = rebuild(module, kept, on) if kept else None
+        replacement = SlimEmbeddingBagCollection(rebuilt, tables, output, collection._is_weighted, remaps)
+    replacement.widening.to(torch.device("cpu") if on.type == "meta" else on)
+    return replacement
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, replacement: SlimModule, tables: Tables) -> None:
+    sources = _weights(module)
+    for part, _ in replacement.parts().values():
+        for table, weight in _weights(part).items():
+            conversion = row_conversion(tables.plans[table], tables.rotations.get(table))
+            conversion.convert([(0, sources[table])], weight)
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """Table -> weight of an unsharded module."""
+    collection: Any = collection_of(module)
+    found = collection.embeddings if is_sequence(module) else collection.embedding_bags
+    return {name: table.weight for name, table in found.items()}
+
+
+def _shard_alike(model: DistributedModelParallel, tree: nn.Module) -> nn.Module:
+    return DistributedModelParallel(tree, env=model._env, device=model.device, sharders=model.sharders)

@@ -207,7 +207,7 @@ def test_surgery_keeps_the_weights_of_any_model() -> None:
     torch.manual_seed(0)
     model, plan = _Wrapped(), _plan()
     slim = sr.slim(model, plan)
-    assert slim.embeddings.embedding_bag_collection.is_weighted()
+    assert slim.embeddings.collection.is_weighted()
     masked = copy.deepcopy(model)
     with torch.no_grad():
         for name in ROWS:

@@ -76,7 +76,7 @@ def test_slim_with_select_equals_the_masked_model(multiple: int) -> None:
     slim = sr.slim(model, plan)
     batch = make_batch(make_rows(60, seed=2), 0, 60)
     torch.testing.assert_close(slim(batch)[1], _masked(model, plan)(batch)[1], rtol=0, atol=1e-6)
-    stored = {name: p.shape[1] for name, p in slim.ebc.embedding_bag_collection.embedding_bags.named_parameters()}
+    stored = {name: p.shape[1] for name, p in slim.ebc.collection.embedding_bags.named_parameters()}
     assert stored == {f"{name}.weight": t.stored_dim for name, t in plan.tables.items() if t.kept}
     original = model.ebc(batch[0])
     assert (

@@ -68,7 +68,7 @@ def compare(source: StoredTensor, conversion: RowConversion, target: StoredTenso
 
 def _agree(source: Tensor, conversion: RowConversion, found: Tensor) -> bool:
     if isinstance(conversion, KeepColumns):
-        kept = source[:, conversion.kept]
+        kept = source[:, conversion.needs]
         return torch.equal(found[:, : kept.shape[1]], kept) and not found[:, kept.shape[1] :].any()
     assert isinstance(conversion, Product)
     product = source.double() @ conversion.matrix + conversion.constant

@@ -1,0 +1,130 @@
+"""Drop-in collections: fewer columns inside, and from outside what they replace."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torchrec.distributed.types import Awaitable
+from torchrec.optim.fused import FusedOptimizerModule
+from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from sseds_rec.slim.widening import Output, PooledWidening, SequenceWidening, Tables
+
+
+class SlimModule(FusedOptimizerModule, nn.Module):
+    """A module around rebuilt ones, whose tables have the names in state dicts and optimizers that the original's have.
+
+    So what `slim_checkpoint` writes loads into it, and a job's own checkpoint code finds what it expects.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_hide)
+        self.register_load_state_dict_pre_hook(_restore)
+
+    @abstractmethod
+    def parts(self) -> Mapping[str, tuple[nn.Module, set[str]]]:
+        """Path within this module -> what is rebuilt there, and the tables it has."""
+
+    @property
+    def fused_optimizer(self) -> CombinedOptimizer:
+        """Of what is rebuilt, once it is sharded."""
+        parts = [part for part, _ in self.parts().values() if isinstance(part, FusedOptimizerModule)]
+        return CombinedOptimizer([("", part.fused_optimizer) for part in parts])
+
+
+def _hide(module: SlimModule, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for path in module.parts():
+        for name in [name for name in state if name.startswith(f"{prefix}{path}.")]:
+            state[prefix + name.removeprefix(f"{prefix}{path}.")] = state.pop(name)
+
+
+def _restore(module: SlimModule, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    own = tuple(f"{prefix}{name}." for name, _ in module.named_children())
+    parts = module.parts()
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(own)]:
+        inner = name.removeprefix(prefix)
+        for path, (_part, tables) in parts.items():
+            if len(parts) == 1 or any(f".{table}." in f".{inner}." for table in tables):
+                state[f"{prefix}{path}.{inner}"] = state.pop(name)
+                break
+
+
+class SlimEmbeddingBagCollection(SlimModule):
+    """In place of an EmbeddingBagCollection, or of a module that processes or remaps ids and looks them up in one.
+
+    It returns the keys, order and widths of the original. Kept columns are aligned to the original width by a transform matrix
+    per table (Eq. 13). Features of dropped tables are zeros, and of dropped rotated ones their mean.
+
+    Args:
+        collection: the rebuilt module, over the kept tables; None if there are none.
+        tables: the original's.
+        output: what to return.
+        is_weighted: whether the original pools with per-id weights.
+        remaps: whether it returns (embeddings, remapped ids), as managed collision collections do.
+    """
+
+    def __init__(
+        self, collection: nn.Module | None, tables: Tables, output: Output, is_weighted: bool, remaps: bool
+    ) -> None:
+        super().__init__()
+        self.collection = collection
+        self.widening = PooledWidening(tables, output, is_weighted)
+        self._tables = {config.name for config in tables.configs}
+        self._remaps = remaps
+
+    def parts(self) -> Mapping[str, tuple[nn.Module, set[str]]]:
+        return {"collection": (self.collection, self._tables)} if self.collection is not None else {}
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor | tuple[KeyedTensor, KeyedJaggedTensor | None]:
+        """KJT over at least the kept and the rotated features -> KeyedTensor [B, Σ original D], keys in the original order."""
+        found = self.collection(features) if self.collection is not None else None
+        if not self._remaps:
+            return self.widening(found, features)
+        embeddings, remapped = (found[0], found[1]) if found is not None else (None, None)
+        return self.widening(embeddings, features), remapped
+
+
+class SlimEmbeddingCollection(SlimModule):
+    """In place of an EmbeddingCollection, which has one width for all its tables: one of them for every width that is left.
+
+    Args:
+        collections: stored width -> the rebuilt module, over the kept tables of that width.
+        tables: the original's.
+        output: what to return.
+        need_indices: whether the original returns ids beside embeddings.
+        remaps: whether it returns (embeddings, remapped ids), as managed collision collections do.
+    """
+
+    def __init__(
+        self, collections: Mapping[int, nn.Module], tables: Tables, output: Output, need_indices: bool, remaps: bool
+    ) -> None:
+        super().__init__()
+        self.collections = nn.ModuleDict({str(width): collection for width, collection in collections.items()})
+        self.widening = SequenceWidening(tables, output, need_indices)
+        self._tables = {
+            width: {name for name, plan in tables.plans.items() if plan.stored_dim == int(width)}
+            for width in self.collections
+        }
+        self._remaps = remaps
+
+    def parts(self) -> Mapping[str, tuple[nn.Module, set[str]]]:
+        return {f"collections.{width}": (own, self._tables[width]) for width, own in self.collections.items()}
+
+    def forward(
+        self, features: KeyedJaggedTensor
+    ) -> dict[str, JaggedTensor] | tuple[dict[str, JaggedTensor], KeyedJaggedTensor | None]:
+        """KJT over at least the features of all tables -> key -> JaggedTensor [ids, original D]."""
+        found = [collection(features) for collection in self.collections.values()]
+        if not self._remaps:
+            return self.widening(found, features)
+        return self.widening([one[0] for one in found], features), _joined([one[1] for one in found])
+
+
+def _joined(remapped: list[Any]) -> KeyedJaggedTensor | None:
+    parts = [part.wait() if isinstance(part, Awaitable) else part for part in remapped if part is not None]
+    return KeyedJaggedTensor.concat(parts) if parts else None
