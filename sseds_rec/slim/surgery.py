@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 from torchrec.distributed.types import ShardedModule, ShardedTensor
@@ -17,7 +18,6 @@ from sseds_rec.distributed.tables import (
     collection_of,
     embedding_modules,
     is_sequence,
-    lookup_modules,
     table_configs,
 )
 from sseds_rec.errors import UserError
@@ -77,6 +77,7 @@ def slim(
     _check(model, modules, plan, output, shard)
     names = qualified_tables(modules)
     sharded = any(isinstance(module, ShardedModule) for module in modules.values())
+    group = model._env.process_group if isinstance(model, DistributedModelParallel) else None
     memo: dict[int, nn.Module] = {}
     for path, module in modules.items():
         configs = table_configs(module)
@@ -86,7 +87,7 @@ def slim(
             {c.name: own for c in configs if (own := plan.rotations.get(names[path, c.name])) is not None},
         )
         on = torch.device("meta") if sharded else next(iter(_weights(module).values())).device
-        memo[id(module)] = replacement = _replacement(module, tables, output, on)
+        memo[id(module)] = replacement = _replacement(module, tables, output, on, group)
         if on.type != "meta":
             _fill(module, replacement, tables)
     if not isinstance(model, DistributedModelParallel) or not sharded:
@@ -156,26 +157,11 @@ def _check(
         )
     if shard is not None and not any(sharded):
         raise UserError("shard= is for a model that is sharded; shard what slim() returns")
-    if any(sharded) and shard is None:
-        _check_optimizers(model, modules)
 
 
-def _check_optimizers(model: DistributedModelParallel, modules: Mapping[str, nn.Module]) -> None:
-    """Refuses to shard as before if tables would be trained differently: sharded EmbeddingCollections forget their optimizers."""
-    sharders = [inner for own in model.sharders for inner in (own, getattr(own, "_e_sharder", own))]
-    given = [(getattr(own, "fused_params", None) or {}).get("optimizer") for own in sharders]
-    for path, module in modules.items():
-        for lookup in lookup_modules(module) if is_sequence(module) else []:
-            config = getattr(lookup, "_config", None)
-            used = (getattr(config, "fused_params", None) or {}).get("optimizer")
-            if used is not None and used not in given:
-                raise UserError(
-                    f"{path}: TorchRec does not keep how the optimizer of a sharded EmbeddingCollection was given; "
-                    "give slim() shard=, a function that applies it and makes the DistributedModelParallel"
-                )
-
-
-def _replacement(module: nn.Module, tables: Tables, output: Output, on: torch.device) -> SlimModule:
+def _replacement(
+    module: nn.Module, tables: Tables, output: Output, on: torch.device, group: dist.ProcessGroup | None
+) -> SlimModule:
     kept = [
         dataclasses.replace(config, embedding_dim=tables.plans[config.name].stored_dim)
         for config in tables.configs
@@ -186,10 +172,10 @@ def _replacement(module: nn.Module, tables: Tables, output: Output, on: torch.de
     replacement: SlimModule
     if is_sequence(module):
         widths = sorted({config.embedding_dim for config in kept})
-        parts = {width: rebuild(module, [c for c in kept if c.embedding_dim == width], on) for width in widths}
+        parts = {width: rebuild(module, [c for c in kept if c.embedding_dim == width], on, group) for width in widths}
         replacement = SlimEmbeddingCollection(parts, tables, output, collection._need_indices, remaps)
     else:
-        rebuilt = rebuild(module, kept, on) if kept else None
+        rebuilt = rebuild(module, kept, on, group) if kept else None
         replacement = SlimEmbeddingBagCollection(rebuilt, tables, output, collection._is_weighted, remaps)
     replacement.widening.to(torch.device("cpu") if on.type == "meta" else on)
     return replacement
