@@ -126,5 +126,5 @@ class SlimEmbeddingCollection(SlimModule):
 
 
 def _joined(remapped: list[Any]) -> KeyedJaggedTensor | None:
-    parts = [part.wait() if isinstance(part, Awaitable) else part for part in remapped if part is not None]
-    return KeyedJaggedTensor.concat(parts) if parts else None
+    parts = [part.wait() if isinstance(part, Awaitable) else part for part in remapped]
+    return KeyedJaggedTensor.concat(parts) if parts and parts[0] is not None else None

@@ -130,5 +130,5 @@ def _id_map(module: ManagedCollisionModule, table: EmbeddingBagConfig, device: t
     """A copy of an unsharded map from ids to rows; of one rank's part, the empty map of all ranks."""
     if module.output_size() == table.num_embeddings and module.device == device:
         return copy.deepcopy(module)
-    whole = (0, table.num_embeddings)
-    return module.rebuild_with_output_id_range(whole, list(whole), device)
+    segments = [int(start) for start in module._output_segments_tensor if start >= 0]  # one a rank
+    return module.rebuild_with_output_id_range((0, table.num_embeddings), segments, device)
