@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sseds_rec.search.saliency import score_dimensions
     from sseds_rec.search.stability import expected_overlap, standard_errors
     from sseds_rec.slim.checkpoint import slim_checkpoint
+    from sseds_rec.slim.merge import merge, unmerge_plan
     from sseds_rec.slim.surgery import slim
 
 __all__ = [
@@ -38,10 +39,12 @@ __all__ = [
     "allocate",
     "audit_dimensions",
     "expected_overlap",
+    "merge",
     "score_dimensions",
     "slim",
     "slim_checkpoint",
     "standard_errors",
+    "unmerge_plan",
 ]
 
 _HOMES = {
@@ -52,10 +55,12 @@ _HOMES = {
     "allocate": "search.allocate",
     "audit_dimensions": "search.audit",
     "expected_overlap": "search.stability",
+    "merge": "slim.merge",
     "score_dimensions": "search.saliency",
     "slim": "slim.surgery",
     "slim_checkpoint": "slim.checkpoint",
     "standard_errors": "search.stability",
+    "unmerge_plan": "slim.merge",
 }
 
 

@@ -19,10 +19,18 @@ class SlimModule(FusedOptimizerModule, nn.Module):
     """A module around rebuilt ones, whose tables have the names in state dicts and optimizers that the original's have.
 
     So what `slim_checkpoint` writes loads into it, and a job's own checkpoint code finds what it expects.
+
+    Attributes:
+        tables: those of the original.
+        output: what is returned.
+        widening: what makes it of kept columns.
     """
 
-    def __init__(self) -> None:
+    widening: PooledWidening | SequenceWidening
+
+    def __init__(self, tables: Tables, output: Output) -> None:
         super().__init__()
+        self.tables, self.output = tables, output
         self.register_state_dict_post_hook(_hide)
         self.register_load_state_dict_pre_hook(_restore)
 
@@ -71,14 +79,15 @@ class SlimEmbeddingBagCollection(SlimModule):
     def __init__(
         self, collection: nn.Module | None, tables: Tables, output: Output, is_weighted: bool, remaps: bool
     ) -> None:
-        super().__init__()
+        super().__init__(tables, output)
         self.collection = collection
         self.widening = PooledWidening(tables, output, is_weighted)
-        self._tables = {config.name for config in tables.configs}
+        self.is_weighted = is_weighted
         self._remaps = remaps
 
     def parts(self) -> Mapping[str, tuple[nn.Module, set[str]]]:
-        return {"collection": (self.collection, self._tables)} if self.collection is not None else {}
+        names = set(self.tables.plans)
+        return {"collection": (self.collection, names)} if self.collection is not None else {}
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor | tuple[KeyedTensor, KeyedJaggedTensor | None]:
         """KJT over at least the kept and the rotated features -> KeyedTensor [B, Σ original D], keys in the original order."""
@@ -103,17 +112,18 @@ class SlimEmbeddingCollection(SlimModule):
     def __init__(
         self, collections: Mapping[int, nn.Module], tables: Tables, output: Output, need_indices: bool, remaps: bool
     ) -> None:
-        super().__init__()
+        super().__init__(tables, output)
         self.collections = nn.ModuleDict({str(width): collection for width, collection in collections.items()})
         self.widening = SequenceWidening(tables, output, need_indices)
-        self._tables = {
-            width: {name for name, plan in tables.plans.items() if plan.stored_dim == int(width)}
-            for width in self.collections
-        }
+        self.need_indices = need_indices
         self._remaps = remaps
 
     def parts(self) -> Mapping[str, tuple[nn.Module, set[str]]]:
-        return {f"collections.{width}": (own, self._tables[width]) for width, own in self.collections.items()}
+        plans = self.tables.plans.items()
+        return {
+            f"collections.{width}": (own, {name for name, plan in plans if plan.stored_dim == int(width)})
+            for width, own in self.collections.items()
+        }
 
     def forward(
         self, features: KeyedJaggedTensor

@@ -30,7 +30,7 @@ from sseds_rec.slim.columns import row_conversion
 from sseds_rec.slim.offline.entries import conversions
 from sseds_rec.slim.rebuild import MANAGED, PROCESSED, ROW_PRUNED, rebuild
 from sseds_rec.slim.transfer import transfer
-from sseds_rec.slim.widening import Output, Tables
+from sseds_rec.slim.widening import Output, Tables, weights_of
 
 Shard = Callable[[nn.Module], nn.Module]
 
@@ -86,14 +86,14 @@ def slim(
             {c.name: plan.tables[names[path, c.name]] for c in configs},
             {c.name: own for c in configs if (own := plan.rotations.get(names[path, c.name])) is not None},
         )
-        on = torch.device("meta") if sharded else next(iter(_weights(module).values())).device
+        on = torch.device("meta") if sharded else next(iter(weights_of(module).values())).device
         memo[id(module)] = replacement = _replacement(module, tables, output, on, group)
         if on.type != "meta":
             _fill(module, replacement, tables)
     if not isinstance(model, DistributedModelParallel) or not sharded:
         return copy.deepcopy(model, memo)
     tree = copy.deepcopy(get_unwrapped_module(model), memo)
-    slimmed = shard(tree) if shard is not None else _shard_alike(model, tree)
+    slimmed = shard(tree) if shard is not None else shard_alike(model, tree)
     state = model.state_dict()
     shapes = {name: value.size() for name, value in state.items() if isinstance(value, (Tensor, ShardedTensor))}
     transfer(
@@ -183,19 +183,13 @@ def _replacement(
 
 @torch.no_grad()
 def _fill(module: nn.Module, replacement: SlimModule, tables: Tables) -> None:
-    sources = _weights(module)
+    sources = weights_of(module)
     for part, _ in replacement.parts().values():
-        for table, weight in _weights(part).items():
+        for table, weight in weights_of(part).items():
             conversion = row_conversion(tables.plans[table], tables.rotations.get(table))
             conversion.convert([(0, sources[table])], weight)
 
 
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """Table -> weight of an unsharded module."""
-    collection: Any = collection_of(module)
-    found = collection.embeddings if is_sequence(module) else collection.embedding_bags
-    return {name: table.weight for name, table in found.items()}
-
-
-def _shard_alike(model: DistributedModelParallel, tree: nn.Module) -> nn.Module:
+def shard_alike(model: DistributedModelParallel, tree: nn.Module) -> nn.Module:
+    """A model on the meta device, sharded as another one is, by a plan of its own."""
     return DistributedModelParallel(tree, env=model._env, device=model.device, sharders=model.sharders)

@@ -85,6 +85,14 @@ def transfer(
             _Transfer(_shards(name, old), _shards(name, new), conversion, group, _dtype(old), device).run()
 
 
+@torch.no_grad()
+def fill_rows(target: Tensor | ShardedTensor, row: Tensor) -> None:
+    """Gives every row of a tensor [rows, columns] the same values [columns]."""
+    for shard in _shards("", target):
+        if shard.values is not None:
+            shard.values[:] = row[shard.column : shard.column + shard.columns].to(shard.values)
+
+
 def _dtype(tensor: Tensor | ShardedTensor) -> torch.dtype:
     return tensor.metadata().tensor_properties.dtype if isinstance(tensor, ShardedTensor) else tensor.dtype
 

@@ -17,6 +17,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from sseds_rec.distributed.tables import collection_of, is_sequence
 from sseds_rec.search.plan import TablePlan
 from sseds_rec.search.rotation import Rotation
 from sseds_rec.slim.alignment import Alignment, Init
@@ -62,6 +63,13 @@ class Output:
     raw: bool = False
 
 
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Table -> weight, of an unsharded embedding module."""
+    collection: Any = collection_of(module)
+    found = collection.embeddings if is_sequence(module) else collection.embedding_bags
+    return {name: table.weight for name, table in found.items()}
+
+
 class PooledWidening(nn.Module):
     """Embeddings of bags: KeyedTensor of kept keys -> KeyedTensor of all keys [B, Σ D], or raw, of kept ones [B, Σ d_i].
 
@@ -91,6 +99,14 @@ class PooledWidening(nn.Module):
             alignment.start(output.init, {name: own.kept for name, own in plans.items()}, rotations)
             self.alignments[str(width)] = alignment
         self.raw = output.raw
+
+    def transforms(self) -> dict[str, Tensor]:
+        """Table -> M [D, d_i], or [D, d_i + 1] of rotated ones, of the tables that have one."""
+        found: dict[str, Tensor] = {}
+        for alignment in self.alignments.values():
+            assert isinstance(alignment, Alignment)
+            found |= alignment.transforms.items()
+        return found
 
     def forward(self, embeddings: KeyedTensor | None, features: KeyedJaggedTensor) -> KeyedTensor:
         """Embeddings over at least the kept tables, None if there are none; ids of at least the rotated ones."""
@@ -133,6 +149,10 @@ class SequenceWidening(nn.Module):
         if kept and not output.raw:
             self.alignment = Alignment(kept, self.width, {key: self.tables[key] for key in kept})
             self.alignment.start(output.init, {name: own.kept for name, own in tables.plans.items()}, {})
+
+    def transforms(self) -> dict[str, Tensor]:
+        """Table -> M [D, d_i], of the tables that have one."""
+        return dict(self.alignment.transforms.items()) if self.alignment is not None else {}
 
     def forward(self, found: list[Any], features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """What the collections of one width each return, and the ids of at least the dropped tables."""
