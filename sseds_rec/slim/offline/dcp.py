@@ -169,6 +169,13 @@ class DcpConversion:
         kept = {name: paths[name] for name in entries if name in paths} if isinstance(paths, dict) else paths
         FileSystemWriter(folder).finish(Metadata(entries, planner_data=kept), [results])
 
+    def bytes_read(self, item: WrittenItem) -> int:
+        """What was read for a record."""
+        if item.name not in self.conversions:
+            return item.length
+        chunks = self.stored[item.name].chunks
+        return sum((stop - start) * chunks[chunk].row_bytes for chunk, start, stop, _ in item.checksums)
+
     def _shards(self, name: str) -> int:
         """How many column-wise shards row-wise state is of."""
         conversion = self.conversions[name]
@@ -230,16 +237,31 @@ class DcpConversion:
 
     def _check_files(self) -> None:
         """Refuses a checkpoint of which a file is missing or shorter than what it should hold."""
-        ends: dict[str, int] = {}
-        for info in self.metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise UserError(f"{self.src}: its metadata names the file {info.relative_path}, outside of its folder")
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        try:
+            ends = self._ends()
+        except (TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{self.src}: its .metadata contradicts itself ({type(error).__name__}); restore the checkpoint"
+            ) from None
         for file, end in ends.items():
+            if Path(file).name != file:
+                raise UserError(f"{self.src}: its metadata names the file {file}, outside of its folder")
             path = self.src / file
             size = path.stat().st_size if path.is_file() else None
             if size is None or size < end:
                 raise damaged(path, "no such file" if size is None else f"it has {size:,} bytes of at least {end:,}")
+
+    def _ends(self) -> dict[str, int]:
+        """File -> how long it must be at least."""
+        ends: dict[str, int] = {}
+        for name, entry in self.metadata.state_dict_metadata.items():
+            chunks = [chunk.offsets for chunk in entry.chunks] if isinstance(entry, TensorStorageMetadata) else [None]
+            for offsets in chunks:
+                info = self.metadata.storage_data.get(MetadataIndex(name, offsets))
+                if info is None or info.offset < 0 or info.length < 0:
+                    raise UserError(f"{self.src}: its metadata does not say where {name} is; restore the checkpoint")
+                ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        return ends
 
 
 def stored_tensor(folder: Path, metadata: Metadata, name: str, shards: int = 1) -> StoredTensor:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import xxhash
@@ -22,6 +22,10 @@ from sseds_rec.slim.offline.stored import sync
 
 _JOB, _PLAN = "job.json", "plan.json"
 _ITEMS = TypeAdapter(list[WrittenItem])
+
+
+class HelperKilled(UserError):
+    """Another process of the conversion was killed; what is done is whole."""
 
 
 class _Record(BaseModel):
@@ -106,16 +110,24 @@ class Job:
             write_json(self._items_file(part), _ITEMS.dump_python(written))
             done()
 
-    def finish(self) -> None:
+    def finish(self, made: Sequence[int]) -> tuple[int, int]:
         """Writes the metadata, once all parts are done; what is left is a checkpoint.
+
+        Args:
+            made: numbers of parts.
+
+        Returns:
+            Bytes that were read and written for these.
 
         Raises:
             UserError: the bytes that were read are not those that were saved.
         """
-        files = {}
-        for part in range(len(self.conversion.parts)):
-            files[_data_file(part)] = _ITEMS.validate_python(read_json(self._items_file(part)))
-        self.conversion.finish(self.folder, files)
+        items = [
+            _ITEMS.validate_python(read_json(self._items_file(part))) for part in range(len(self.conversion.parts))
+        ]
+        self.conversion.finish(self.folder, {_data_file(part): own for part, own in enumerate(items)})
+        own = [item for part in made for item in items[part]]
+        return sum(map(self.conversion.bytes_read, own)), sum(item.length for item in own)
 
     def publish(self, dst: Path) -> None:
         """Gives the folder its name."""
@@ -206,7 +218,10 @@ def helpers(folder: Path, count: int) -> Iterator[Callable[[bool], None]]:
             if process.poll() is None or process.returncode == 0:
                 continue
             if process.returncode < 0:
-                raise RuntimeError(f"a process of the conversion was ended by signal {-process.returncode}")
+                raise HelperKilled(
+                    f"{folder}: a process of the conversion was ended by signal {-process.returncode}; "
+                    "the same call goes on from there"
+                )
             assert process.stderr is not None
             said = process.stderr.read().strip().splitlines()
             raise UserError(said[-1] if said else "a process of the conversion failed")
