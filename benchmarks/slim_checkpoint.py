@@ -8,9 +8,8 @@ Turn about, with the page cache dropped before each (as root; otherwise it says 
 conversions by one and two processes. Each command is timed from its start until it has exited; that is for a conversion also the
 time in which Python and TorchRec are read from the disk and start. After `cp` the file is synced, within its time, since
 conversions wait for the disk too. A conversion reads R bytes and writes W; `cp` of B bytes reads B and writes B, with B about
-(R + W) / 2. Speed is bytes read and written over seconds, for both. Memory is the highest resident size of any single process, as the kernel counts
-it. Prints a Markdown table; exits 1 if a ratio of speeds is below 0.5 or a process took 1.5 GiB.
-Linux only.
+(R + W) / 2. Speed is bytes read and written over seconds, for both. Memory is the highest resident size of any process, as the
+kernel counts it. Prints a Markdown table; exits 1 if a ratio of speeds is below 0.5 or a process took 1.5 GiB. Linux only.
 """
 
 from __future__ import annotations
@@ -107,8 +106,10 @@ def generate(folder: Path, rows: dict[str, int]) -> None:
 
 def content(block: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Numbers at random, the same ones again and again."""
-    count = torch.Size(sizes).numel()
-    return block.repeat(-(-count // len(block)))[:count].view(sizes)
+    values = torch.empty(torch.Size(sizes).numel())
+    for part in values.split(len(block)):
+        part.copy_(block[: len(part)])
+    return values.view(sizes)
 
 
 def save_plan(path: Path, rows: dict[str, int], rotated: bool) -> None:
@@ -235,9 +236,16 @@ def main() -> None:
                 single_copy.unlink(missing_ok=True)
                 shutil.rmtree(dst, ignore_errors=True)
         print(f"page cache: {'dropped before each' if cold else 'warm'}; rounds: {args.rounds}\n")
-        print(
-            "| | GB read and written | seconds | of them converting | MB/s | over cp | peak GiB of a process |\n|---|---|---|---|---|---|---|"
+        headings = (
+            "",
+            "GB read and written",
+            "seconds",
+            "of them converting",
+            "MB/s",
+            "over cp",
+            "peak GiB of a process",
         )
+        print(f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|")
         missed = False
         for name, own in found.items():
             ratios = [ours.speed / cp.speed for ours, cp in zip(own, found["cp"], strict=True)]

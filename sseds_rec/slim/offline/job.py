@@ -62,8 +62,9 @@ class Job:
         """
         job = cls(folder, DcpConversion(src, plan))
         record = _Record(src=str(src.absolute()), digest=_digest(src, plan))
-        if not job._is(record):
-            for left in folder.iterdir():
+        same = job._is(record)
+        for left in folder.iterdir():
+            if not same or left.name.startswith(".part-"):  # half a part
                 left.unlink()
         job._check_room()
         plan.save(folder / _PLAN)
@@ -86,7 +87,7 @@ class Job:
         return [part for part in range(len(self.conversion.parts)) if not self._items_file(part).exists()]
 
     def work(self, share: int, shares: int, done: Callable[[], None] = lambda: None) -> None:
-        """Makes every `shares`-th of the parts that are not done.
+        """Makes every `shares`-th of the parts, and then those that no other process has begun: some start later or are slower.
 
         Args:
             share: which of them, in [0, shares).
@@ -96,22 +97,26 @@ class Job:
         Raises:
             UserError: the checkpoint is damaged.
         """
-        for part in range(share, len(self.conversion.parts), shares):
-            if self._items_file(part).exists():
-                continue
-            # Of its own name: a process whose parent was killed may be at the same part.
-            temporary = self.folder / f".part-{part}.{os.uname().nodename}.{os.getpid()}"
-            try:
-                written = self.conversion.write(self.conversion.parts[part], temporary)
-                sync(temporary)
-                os.replace(temporary, self.folder / _data_file(part))
-            finally:
-                temporary.unlink(missing_ok=True)
-            write_json(self._items_file(part), _ITEMS.dump_python(written))
-            done()
+        parts = range(len(self.conversion.parts))
+        for part in [*parts[share::shares], *(part for part in reversed(parts) if part % shares != share)]:
+            # (Two that begin the same part at the same time do no harm.)
+            if not self._items_file(part).exists() and not any(self.folder.glob(f".part-{part}.*")):
+                self._make(part)
+                done()
+
+    def _make(self, part: int) -> None:
+        # Of its own name: a process whose parent was killed may be at the same part.
+        temporary = self.folder / f".part-{part}.{os.uname().nodename}.{os.getpid()}"
+        try:
+            written = self.conversion.write(self.conversion.parts[part], temporary)
+            sync(temporary)
+            os.replace(temporary, self.folder / _data_file(part))
+        finally:
+            temporary.unlink(missing_ok=True)
+        write_json(self._items_file(part), _ITEMS.dump_python(written))
 
     def finish(self, made: Sequence[int]) -> tuple[int, int]:
-        """Writes the metadata, once all parts are done; what is left is a checkpoint.
+        """Writes the metadata, once all processes are done; what is left is a checkpoint.
 
         Args:
             made: numbers of parts.
@@ -122,6 +127,8 @@ class Job:
         Raises:
             UserError: the bytes that were read are not those that were saved.
         """
+        for part in self.missing:  # begun by a process of a killed job, which has ended since
+            self._make(part)
         items = [
             _ITEMS.validate_python(read_json(self._items_file(part))) for part in range(len(self.conversion.parts))
         ]
