@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -84,7 +84,7 @@ def digest(path: Path) -> dict[str, str]:
 
 
 def full_state(seed: int = 0) -> dict[str, Any]:
-    """What a training saves: tables in two collections, Adam's moments of one, row-wise state of another, dense weights."""
+    """What a training saves: tables, Adam's moments of one, row-wise state of another, dense weights."""
     own = weights(seed=seed)
     draw = torch.Generator().manual_seed(seed + 1)
     moments = {
@@ -97,8 +97,7 @@ def full_state(seed: int = 0) -> dict[str, Any]:
     }
     return {
         "model": {
-            **{f"ebc.embedding_bags.{name}.weight": own[name] for name in "abc"},
-            **{f"ebc.embedding_bags.{name}.weight": own[name] for name in "de"},
+            **{f"ebc.embedding_bags.{name}.weight": value for name, value in own.items()},
             "over.weight": torch.randn(12, 30, generator=draw),
             "over.count": torch.tensor(3),
         },
@@ -121,21 +120,23 @@ def slim_entries(found: Mapping[str, Any]) -> dict[str, Any]:
     return expected
 
 
-def small_parts() -> None:
+_CONSTANTS = {
+    (folders, "_CHUNK_BYTES"): 160,
+    (folders, "_SOURCE_BYTES"): 700,
+    (folders, "_PART_BYTES"): 900,
+    (stored, "_READ_BYTES"): 256,
+    (state_file, "_CHUNK_BYTES"): 160,
+}
+
+
+@contextmanager
+def small_parts() -> Iterator[None]:
     """Has small tables make dozens of parts, in this process."""
-    folders._CHUNK_BYTES, folders._SOURCE_BYTES, folders._PART_BYTES = 160, 700, 900
-    stored._READ_BYTES, state_file._CHUNK_BYTES = 256, 160
-
-
-@pytest.fixture
-def parts_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`small_parts` for one test."""
-    for module, name in (
-        (folders, "_CHUNK_BYTES"),
-        (folders, "_SOURCE_BYTES"),
-        (folders, "_PART_BYTES"),
-        (stored, "_READ_BYTES"),
-        (state_file, "_CHUNK_BYTES"),
-    ):
-        monkeypatch.setattr(module, name, getattr(module, name))
-    small_parts()
+    before = {key: getattr(*key) for key in _CONSTANTS}
+    for (module, name), value in _CONSTANTS.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name), value in before.items():
+            setattr(module, name, value)

@@ -244,8 +244,6 @@ class DcpConversion:
                 f"{self.src}: its .metadata contradicts itself ({type(error).__name__}); restore the checkpoint"
             ) from None
         for file, end in ends.items():
-            if Path(file).name != file:
-                raise UserError(f"{self.src}: its metadata names the file {file}, outside of its folder")
             path = self.src / file
             size = path.stat().st_size if path.is_file() else None
             if size is None or size < end:
@@ -260,6 +258,10 @@ class DcpConversion:
                 info = self.metadata.storage_data.get(MetadataIndex(name, offsets))
                 if info is None or info.offset < 0 or info.length < 0:
                     raise UserError(f"{self.src}: its metadata does not say where {name} is; restore the checkpoint")
+                if Path(info.relative_path).name != info.relative_path:
+                    raise UserError(
+                        f"{self.src}: its metadata names the file {info.relative_path}, outside of its folder"
+                    )
                 ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         return ends
 

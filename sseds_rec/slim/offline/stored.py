@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -63,6 +65,7 @@ class StoredChunk:
                 if not got:
                     raise damaged(self.path, "it ends early")
                 done += got
+            _fetch(file, size)
         return buffer[:size].view(self.dtype).view(stop - start, -1)[:, : self.columns], memory
 
 
@@ -117,18 +120,31 @@ class StoredTensor:
         }
         widest = max((chunk.row_bytes for chunk in found.values()), default=1)
         rows = max(1, _READ_BYTES // widest)
-        buffers = {index: torch.empty(rows * chunk.row_bytes, dtype=torch.uint8) for index, chunk in found.items()}
+        blocks = [(begin, min(begin + rows, stop)) for begin in range(start, stop, rows)]
+        # Two buffers a chunk: while one is converted, the other is filled.
+        buffers = {
+            index: [torch.empty(rows * chunk.row_bytes, dtype=torch.uint8) for _ in range(min(2, len(blocks)))]
+            for index, chunk in found.items()
+        }
         checksums = dict.fromkeys(found, 0)
-        target = torch.empty(stop - start, conversion.width, dtype=self.dtype)
-        for begin in range(start, stop, rows):
-            end = min(begin + rows, stop)
+
+        def read(block: int) -> list[tuple[int, Tensor]]:
             parts = []
             for index, chunk in found.items():
-                values, memory = chunk.read(begin, end, buffers[index])
+                values, memory = chunk.read(*blocks[block], buffers[index][block % 2])
                 if chunk.checksum is not None:
                     checksums[index] = zlib.crc32(memory, checksums[index])
                 parts.append((chunk.first_column, values))
-            conversion.convert(parts, target[begin - start : end - start])
+            return parts
+
+        target = torch.empty(stop - start, conversion.width, dtype=self.dtype)
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(read, 0)
+            for block, (begin, end) in enumerate(blocks):
+                parts = coming.result()
+                if block + 1 < len(blocks):
+                    coming = reader.submit(read, block + 1)
+                conversion.convert(parts, target[begin - start : end - start])
         return target, [Checksum(index, start, stop, value) for index, value in checksums.items()]
 
     def check(self, checksums: list[Checksum]) -> None:
@@ -223,7 +239,14 @@ def read_bytes(path: Path, offset: int, length: int) -> Iterator[bytes]:
             if not piece:
                 raise damaged(path, "it ends early")
             length -= len(piece)
+            _fetch(file, min(length, _READ_BYTES))
             yield piece
+
+
+def _fetch(file: IO[bytes], length: int) -> None:
+    """Has the disk fetch what comes next in a file, while this process is busy with what it has."""
+    if length and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), file.tell(), length, os.POSIX_FADV_WILLNEED)
 
 
 def sync(path: Path) -> None:

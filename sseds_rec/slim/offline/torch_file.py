@@ -48,8 +48,9 @@ class TorchFile:
             else:
                 with FakeTensorMode():
                     holder[key] = torch.empty(len(tensor), conversion.width, dtype=tensor.dtype)
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(self.tree, path)
+        # (Given a path, torch opens it in C++, and says of a full disk only that a position is not the expected one.)
+        with open(path, "wb") as file, torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(self.tree, file)
         return read(path).contents
 
     def finish(self, path: Path, checksums: Mapping[int, int]) -> None:
