@@ -42,8 +42,10 @@ def _convert(src: Path, temporary: Path, plan: DimensionPlan) -> Figures:
     kind = safetensors_file if src.suffix == ".safetensors" else torch_file
     layout = kind.read(src)
     found = conversions(src, {name: content.shape for name, content in layout.contents.items()}, plan)
-    # By position: several tensors can be views of one storage.
-    lengths = {c.position: _new_length(c, found.get(name, c)) for name, c in layout.contents.items()}
+    lengths: dict[int, int] = {}  # by position, since several tensors can be views of one storage
+    for name, content in layout.contents.items():
+        length = _new_length(content, found.get(name, content))
+        lengths[content.position] = max(length, lengths.get(content.position, 0))
     room = sum(lengths.values())
     free = shutil.disk_usage(temporary.parent).free
     if room > free:
@@ -60,7 +62,7 @@ def _convert(src: Path, temporary: Path, plan: DimensionPlan) -> Figures:
             if conversion is not None:
                 written[new.position] = _convert_rows(src, name, conversion, old, file)
                 read += old.length
-            elif new.position not in written:
+            elif old.length and new.position not in written:  # (an empty tensor is where the next one is)
                 written[new.position] = _copy(src, name, old, file)
                 read += old.length
     layout.finish(temporary, written)

@@ -6,6 +6,7 @@ and with table-wise sharding that is a whole table.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Iterator
@@ -13,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 
 from sseds_rec.errors import UserError
 from sseds_rec.slim.columns import RowConversion
+from sseds_rec.slim.offline.reading import Window, opened
 from sseds_rec.slim.offline.records import FileSlice, joined, record_checksums
 
 #: Bytes read at once: they stay in the processor's cache until their columns are gathered.
@@ -49,24 +50,20 @@ class StoredChunk:
     dtype: torch.dtype
     checksum: int | None = None
 
-    def read(self, start: int, stop: int, buffer: Tensor) -> tuple[Tensor, memoryview]:
-        """Rows [start, stop) of the tensor as values [stop - start, columns], in the given memory, and as bytes.
+    def read(self, handle: int, start: int, stop: int, window: Window) -> tuple[Tensor, memoryview]:
+        """Rows [start, stop) of the tensor as values [stop - start, columns], and as bytes, until the window's next use.
 
         Raises:
             UserError: the file ends before them.
         """
         size = (stop - start) * self.row_bytes
-        memory = memoryview(buffer.numpy())[:size]  # type: ignore[arg-type]
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.position + (start - self.first_row) * self.row_bytes)
-            done = 0
-            while done < size:
-                got = file.readinto(memory[done:])
-                if not got:
-                    raise damaged(self.path, "it ends early")
-                done += got
-            _fetch(file, size)
-        return buffer[:size].view(self.dtype).view(stop - start, -1)[:, : self.columns], memory
+        memory = window.read(handle, self.position + (start - self.first_row) * self.row_bytes, size)
+        if len(memory) < size:
+            raise damaged(self.path, "it ends early")
+        content = torch.frombuffer(memory, dtype=torch.uint8)
+        if content.data_ptr() % self.dtype.itemsize:
+            content = content.clone()  # records begin at any byte
+        return content.view(self.dtype).view(stop - start, -1)[:, : self.columns], memory
 
 
 @dataclass(frozen=True)
@@ -121,29 +118,30 @@ class StoredTensor:
         widest = max((chunk.row_bytes for chunk in found.values()), default=1)
         rows = max(1, _READ_BYTES // widest)
         blocks = [(begin, min(begin + rows, stop)) for begin in range(start, stop, rows)]
-        # Two buffers a chunk: while one is converted, the other is filled.
-        buffers = {
-            index: [torch.empty(rows * chunk.row_bytes, dtype=torch.uint8) for _ in range(min(2, len(blocks)))]
-            for index, chunk in found.items()
-        }
         checksums = dict.fromkeys(found, 0)
-
-        def read(block: int) -> list[tuple[int, Tensor]]:
-            parts = []
-            for index, chunk in found.items():
-                values, memory = chunk.read(*blocks[block], buffers[index][block % 2])
-                if chunk.checksum is not None:
-                    checksums[index] = zlib.crc32(memory, checksums[index])
-                parts.append((chunk.first_column, values))
-            return parts
-
         target = torch.empty(stop - start, conversion.width, dtype=self.dtype)
-        with ThreadPoolExecutor(1) as reader:
+        with contextlib.ExitStack() as held:
+            handles = {index: held.enter_context(opened(chunk.path)) for index, chunk in found.items()}
+            # Two windows a chunk: while one is converted, the other is filled.
+            windows = {index: [Window(rows * c.row_bytes) for _ in blocks[:2]] for index, c in found.items()}
+
+            def read(block: int) -> dict[int, tuple[Tensor, memoryview]]:
+                return {
+                    index: chunk.read(handles[index], *blocks[block], windows[index][block % 2])
+                    for index, chunk in found.items()
+                }
+
+            reader = held.enter_context(ThreadPoolExecutor(1))
             coming = reader.submit(read, 0)
             for block, (begin, end) in enumerate(blocks):
-                parts = coming.result()
+                content = coming.result()
                 if block + 1 < len(blocks):
                     coming = reader.submit(read, block + 1)
+                parts = []
+                for index, (values, memory) in content.items():
+                    if found[index].checksum is not None:
+                        checksums[index] = zlib.crc32(memory, checksums[index])
+                    parts.append((found[index].first_column, values))
                 conversion.convert(parts, target[begin - start : end - start])
         return target, [Checksum(index, start, stop, value) for index, value in checksums.items()]
 
@@ -230,23 +228,16 @@ def locate(path: Path, offset: int, length: int) -> tuple[Tensor, int, int | Non
     return tensor, position, checksum if alone else None
 
 
-def read_bytes(path: Path, offset: int, length: int) -> Iterator[bytes]:
-    """Bytes of a file, in pieces."""
-    with open(path, "rb") as file:
-        file.seek(offset)
+def read_bytes(path: Path, offset: int, length: int) -> Iterator[memoryview]:
+    """Bytes of a file, in pieces, each until the next."""
+    window = Window(min(length, _READ_BYTES))
+    with opened(path) as handle:
         while length:
-            piece = file.read(min(length, _READ_BYTES))
+            piece = window.read(handle, offset, min(length, _READ_BYTES))
             if not piece:
                 raise damaged(path, "it ends early")
-            length -= len(piece)
-            _fetch(file, min(length, _READ_BYTES))
+            offset, length = offset + len(piece), length - len(piece)
             yield piece
-
-
-def _fetch(file: IO[bytes], length: int) -> None:
-    """Has the disk fetch what comes next in a file, while this process is busy with what it has."""
-    if length and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), file.tell(), length, os.POSIX_FADV_WILLNEED)
 
 
 def sync(path: Path) -> None:
