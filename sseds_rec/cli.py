@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sseds_rec import cli_prepare
+from sseds_rec import cli_prepare, cli_slim
 from sseds_rec.data.schema import SplitName
 from sseds_rec.errors import PREEMPTED_EXIT, Preempted, UserError
 from sseds_rec.export import Format, dropped_features, export_plan, plan_path, write_export
@@ -22,6 +22,7 @@ from sseds_rec.output import (
     console,
     print_audit,
     print_comparison,
+    print_error,
     print_json,
     print_metrics,
     print_stability,
@@ -98,15 +99,37 @@ def audit(
 
 @app.command()
 def slim(
-    config: ConfigFile,
-    overrides: Overrides = None,
+    config: Annotated[str, typer.Argument(metavar="CONFIG|SRC", help="YAML file of the experiment, or a checkpoint.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...|DST", help="Config values to change, or what to make.")
+    ] = None,
     run_dir: RunDir = None,
     paper: Paper = False,
     rerun: Rerun = False,
+    plan: Annotated[
+        Path | None, typer.Option(help="Convert the checkpoint SRC, of any model, to this plan.json's widths: DST.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --plan, how many convert; by default what is worth it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Gather the plan's columns into a slim checkpoint, and measure it before retraining."""
-    _run_stage("slim", _config(config, overrides, paper), run_dir, rerun, as_json)
+    """Gather the plan's columns into a slim checkpoint, and measure it before retraining.
+
+    With --plan: sseds slim SRC DST --plan plan.json converts any checkpoint or file of weights.
+    """
+    if plan:
+        cli_slim.convert_checkpoint(
+            [config, *(overrides or [])],
+            plan,
+            processes,
+            as_json,
+            {"--run-dir": run_dir is not None, "--paper": paper, "--rerun": rerun},
+        )
+    elif processes:
+        raise UserError("--processes goes with --plan: sseds slim SRC DST --plan plan.json")
+    else:
+        _run_stage("slim", _config(config, overrides, paper), run_dir, rerun, as_json)
 
 
 @app.command()
@@ -231,7 +254,7 @@ def _config(path: str, overrides: list[str] | None, paper: bool = False) -> Conf
 
 
 def _fail(message: str) -> None:
-    print(f"sseds: {' '.join(message.split())}", file=sys.stderr)
+    print_error(message)
     sys.exit(2)
 
 

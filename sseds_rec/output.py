@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,11 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch(rec)?\.")
     for name in (None, "torchrec.distributed", "torch.fx", "torch.distributed"):  # TorchRec uses the root logger too
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def print_error(message: str) -> None:
+    """What a user has to put right, in one line."""
+    print(f"sseds: {' '.join(message.split())}", file=sys.stderr)
 
 
 def print_comparison(base: dict[str, Any], slim: dict[str, Any]) -> None:

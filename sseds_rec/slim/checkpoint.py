@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +16,8 @@ import torch.distributed as dist
 from sseds_rec.distributed.runtime import ALONE, Runtime
 from sseds_rec.errors import UserError
 from sseds_rec.search.plan import DimensionPlan
-from sseds_rec.slim.offline.job import Job, helpers, locked
+from sseds_rec.slim.offline.figures import Figures
+from sseds_rec.slim.offline.job import HelperKilled, Job, helpers, locked
 from sseds_rec.slim.offline.state_file import slim_state_file
 from sseds_rec.slim.offline.verify import verify
 
@@ -57,8 +60,8 @@ def slim_checkpoint(
         processes: on this machine, for a folder; by default as many as it has cores, or one for a few gigabytes.
         collective: whether all ranks of the default process group make this call, with the same arguments and a common file
             system; each then converts its share of a folder, on as many nodes as they are on, and `processes` is not used.
-        on_progress: called after every part of about a gigabyte that this process makes, with how many parts are done, by all
-            processes, and how many there are.
+        on_progress: called at the start, and after every part of about a gigabyte that this process makes, with how many parts
+            are done, by all processes, and how many there are.
 
     Returns:
         `dst`.
@@ -67,15 +70,29 @@ def slim_checkpoint(
         UserError: `src` is no checkpoint or is damaged, `dst` is there, the disk is too small or full, the plan is of another
             model (names the table), or a rotated table has optimizer state of which it is not known how it turns (names it).
     """
+    convert(src, dst, plan, processes, collective, on_progress)
+    return Path(dst)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    plan: DimensionPlan,
+    processes: int | None,
+    collective: bool,
+    on_progress: Callable[[int, int], None],
+) -> Figures:
+    """`slim_checkpoint`, and what it did; of all ranks together, on all ranks."""
+    begun = time.monotonic()
     src, dst = Path(src), Path(dst)
     place = Runtime(dist.get_rank(), dist.get_world_size(), torch.device("cpu")) if collective else ALONE
     with _failures_in_one_line(dst):
-        place.on_main(lambda: _check_destination(dst))
-        if src.is_file():
-            place.on_main(lambda: slim_state_file(src, dst, plan))
+        place.on_main(lambda: _check_destination(src, dst))
+        if place.from_main(src.is_file):
+            figures = place.from_main(lambda: slim_state_file(src, dst, plan))
         else:
-            _slim_folder(src, dst, plan, processes, place, on_progress)
-    return dst
+            figures = _slim_folder(src, dst, plan, processes, place, on_progress)
+    return replace(figures, seconds=time.monotonic() - begun)
 
 
 def _slim_folder(
@@ -85,7 +102,7 @@ def _slim_folder(
     processes: int | None,
     place: Runtime,
     on_progress: Callable[[int, int], None],
-) -> None:
+) -> Figures:
     folder = dst.with_name(f".{dst.name}.converting")
     with contextlib.ExitStack() as held:
         place.on_main(lambda: held.enter_context(locked(folder)))
@@ -93,16 +110,19 @@ def _slim_folder(
             begun: list[Job] = []
             place.on_main(lambda: begun.append(Job.begin(folder, src, plan)))
             job = place.on_all(lambda: begun[0] if begun else Job.join(folder))
-            parts = len(job.conversion.parts)
+            missing, parts = job.missing, len(job.conversion.parts)
 
             def report() -> None:
                 on_progress(parts - len(job.missing), parts)
 
+            report()
             if place.world_size > 1:
                 place.on_all(lambda: job.work(place.rank, place.world_size, report))
             else:
                 _work_here(job, processes or _processes_worth(job), report)
-            place.on_main(lambda: _complete(job, dst))
+            return place.from_main(lambda: _complete(job, dst, missing))
+        except HelperKilled:
+            raise  # what is done is as good as after a kill of this process
         except (UserError, OSError):
             place.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
             raise
@@ -124,15 +144,20 @@ def _processes_worth(job: Job) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), cost // _WORTH_A_PROCESS))
 
 
-def _complete(job: Job, dst: Path) -> None:
-    job.finish()
-    verify(job.conversion, job.folder)
+def _complete(job: Job, dst: Path, made: list[int]) -> Figures:
+    read, written = job.finish(made)
+    rows = verify(job.conversion, job.folder)
     job.publish(dst)
+    return Figures(read, written, rows, len(made), len(job.conversion.parts) - len(made))
 
 
-def _check_destination(dst: Path) -> None:
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
+def _check_destination(src: Path, dst: Path) -> None:
+    if not dst.name:
+        raise UserError(f"{dst}: name the folder or file to make")
+    if dst.exists() and (src.is_file() or not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: exists already; remove it or choose another")
+    if src.resolve() in dst.resolve().parents:
+        raise UserError(f"{dst}: is inside of {src}, which is only read; choose another place")
 
 
 @contextlib.contextmanager

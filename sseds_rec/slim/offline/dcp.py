@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import torch
 from pydantic import BaseModel
@@ -26,11 +27,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from sseds_rec.distributed.checkpoint import read_checkpoint_metadata
-from sseds_rec.errors import UserError
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.slim.columns import Product, RowConversion
 from sseds_rec.slim.offline.entries import conversions
-from sseds_rec.slim.offline.stored import Checksum, StoredChunk, StoredTensor, damaged, locate, read_bytes
+from sseds_rec.slim.offline.layout import check_files, column_shards, stored_tensor
+from sseds_rec.slim.offline.records import is_whole
+from sseds_rec.slim.offline.stored import Checksum, StoredTensor, damaged, read_bytes
 
 #: Largest chunk that is written: loading reads chunks whole, whatever part of them a rank needs.
 _CHUNK_BYTES = 64 << 20
@@ -84,14 +86,14 @@ class DcpConversion:
     def __init__(self, src: Path, plan: DimensionPlan) -> None:
         self.src = src
         self.metadata = read_checkpoint_metadata(src)
-        self._check_files()
+        check_files(src, self.metadata)
         self.tensors = {
             name: entry
             for name, entry in self.metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
         shapes = {name: entry.size for name, entry in self.tensors.items()}
-        shards = {name: _column_shards(entry) for name, entry in self.tensors.items() if len(entry.size) == 2}
+        shards = {name: column_shards(entry) for name, entry in self.tensors.items() if len(entry.size) == 2}
         self.conversions = conversions(src, shapes, plan, shards)
 
     @cached_property
@@ -134,8 +136,7 @@ class DcpConversion:
                     torch.save(rows, file)
                 else:
                     info = self.metadata.storage_data[item.source]
-                    for piece in read_bytes(self.src / info.relative_path, info.offset, info.length):
-                        file.write(piece)
+                    self._copy_record(info, name, file, path)
                 written.append(
                     WrittenItem(
                         name=name,
@@ -147,6 +148,14 @@ class DcpConversion:
                     )
                 )
         return written
+
+    def _copy_record(self, info: _StorageInfo, name: str, file: IO[bytes], path: Path) -> None:
+        position = file.tell()
+        for piece in read_bytes(self.src / info.relative_path, info.offset, info.length):
+            file.write(piece)
+        file.flush()
+        if not info.transform_descriptors and not is_whole(path, position, info.length, name in self.tensors):
+            raise damaged(self.src / info.relative_path, f"the bytes of {name} are not those that were saved")
 
     def finish(self, folder: Path, files: Mapping[str, list[WrittenItem]]) -> None:
         """Writes the metadata of the new checkpoint, when all its files are there.
@@ -168,6 +177,13 @@ class DcpConversion:
         entries = self._target_entries()
         kept = {name: paths[name] for name in entries if name in paths} if isinstance(paths, dict) else paths
         FileSystemWriter(folder).finish(Metadata(entries, planner_data=kept), [results])
+
+    def bytes_read(self, item: WrittenItem) -> int:
+        """What was read for a record."""
+        if item.name not in self.conversions:
+            return item.length
+        chunks = self.stored[item.name].chunks
+        return sum((stop - start) * chunks[chunk].row_bytes for chunk, start, stop, _ in item.checksums)
 
     def _shards(self, name: str) -> int:
         """How many column-wise shards row-wise state is of."""
@@ -227,74 +243,3 @@ class DcpConversion:
             elif name not in self.conversions:
                 target[name] = entry
         return target
-
-    def _check_files(self) -> None:
-        """Refuses a checkpoint of which a file is missing or shorter than what it should hold."""
-        ends: dict[str, int] = {}
-        for info in self.metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise UserError(f"{self.src}: its metadata names the file {info.relative_path}, outside of its folder")
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-        for file, end in ends.items():
-            path = self.src / file
-            size = path.stat().st_size if path.is_file() else None
-            if size is None or size < end:
-                raise damaged(path, "no such file" if size is None else f"it has {size:,} bytes of at least {end:,}")
-
-
-def stored_tensor(folder: Path, metadata: Metadata, name: str, shards: int = 1) -> StoredTensor:
-    """A tensor of a checkpoint, as it lies in its files.
-
-    Args:
-        folder: the checkpoint.
-        metadata: of it.
-        name: entry of two dimensions [rows, columns] or of one, [shards * rows], which is taken as [rows, shards].
-        shards: see `name`.
-
-    Raises:
-        UserError: a part of it is missing or damaged, or is stored in a way that rows cannot be read from.
-    """
-    entry = metadata.state_dict_metadata[name]
-    assert isinstance(entry, TensorStorageMetadata)
-    rows = entry.size[0] // (shards if len(entry.size) == 1 else 1)
-    chunks = []
-    for part in entry.chunks:
-        info = metadata.storage_data[MetadataIndex(name, part.offsets)]
-        path = folder / info.relative_path
-        if info.transform_descriptors:
-            raise UserError(
-                f"{path}: {name} is stored through {', '.join(info.transform_descriptors)}; save the checkpoint without"
-            )
-        if not part.sizes.numel():
-            continue  # of a rank that holds no rows
-        tensor, position, checksum = locate(path, info.offset, info.length)
-        if tensor.shape != part.sizes or tensor.dtype != entry.properties.dtype:
-            raise damaged(path, f"{name} is {list(tensor.shape)} of {tensor.dtype} there, its metadata says otherwise")
-        if tensor.stride()[1:] not in ((), (1,)):
-            raise UserError(f"{path}: {name} is not stored row by row; save a contiguous copy of it")
-        if len(part.sizes) == 2:
-            (first_row, first_column), columns = part.offsets, part.sizes[1]
-        else:
-            first_column, first_row = divmod(part.offsets[0], rows)
-            columns = 1
-        chunks.append(
-            StoredChunk(
-                path,
-                position,
-                tensor.stride(0) * tensor.element_size(),
-                first_row,
-                part.sizes[0],
-                first_column,
-                columns,
-                tensor.dtype,
-                checksum,
-            )
-        )
-    width = entry.size[1] if len(entry.size) == 2 else shards
-    return StoredTensor(name, rows, width, entry.properties.dtype, tuple(chunks))
-
-
-def _column_shards(entry: TensorStorageMetadata) -> list[int]:
-    """Widths of the column-wise shards of a tensor [rows, D]."""
-    widths = [width for _, width in sorted({(chunk.offsets[1], chunk.sizes[1]) for chunk in entry.chunks})]
-    return widths if sum(widths) == entry.size[1] else [entry.size[1]]

@@ -58,7 +58,7 @@ def conversions(
             known how it turns (names it).
     """
     entries = entries_by_table(shapes, plan)
-    _check_weights(entries, shapes, plan)
+    weights = _weights(entries, shapes, plan)
     found: dict[str, RowConversion | None] = {}
     for name, table in entries.items():
         own, shape = plan.tables[table], tuple(shapes[name])
@@ -70,16 +70,19 @@ def conversions(
                 found[name] = _rotated(src, name, shapes, rotation, own.stored_dim)
             elif own.kept != list(range(own.stored_dim)) or own.stored_dim != own.original_dim:
                 found[name] = KeepColumns(own.kept, own.stored_dim)
-        elif column_shards is not None and len(shape) == 1:
-            weight = name[: name.rindex(".weight.") + len(".weight")] if ".weight." in name else name
-            widths = column_shards.get(weight, [])
-            if len(widths) > 1 and shape[0] == own.rows * len(widths):
-                # Row-wise Adagrad sums mean squares, of a shard's columns: their weighted mean is that of all columns.
-                found[name] = Product(torch.tensor(widths)[:, None] / sum(widths))
+        elif len(shape) == 1:
+            # The state's own path can begin otherwise than the weight's (optimizer.state. and model.).
+            for widths in ((column_shards or {}).get(weight, []) for weight in weights[table]):
+                if len(widths) > 1 and shape[0] == own.rows * len(widths):
+                    # Row-wise Adagrad sums mean squares, of a shard's columns: their weighted mean is that of all columns.
+                    found[name] = Product(torch.tensor(widths)[:, None] / sum(widths))
     return found
 
 
-def _check_weights(entries: Mapping[str, str], shapes: Mapping[str, Sequence[int]], plan: DimensionPlan) -> None:
+def _weights(
+    entries: Mapping[str, str], shapes: Mapping[str, Sequence[int]], plan: DimensionPlan
+) -> dict[str, list[str]]:
+    """Table -> its weights."""
     weights: dict[str, list[str]] = {table: [] for table in plan.tables}
     for name, table in entries.items():
         if name.endswith(".weight"):
@@ -94,6 +97,7 @@ def _check_weights(entries: Mapping[str, str], shapes: Mapping[str, Sequence[int
                     f"table {table}: the checkpoint holds {list(shapes[name])}, the plan expects {expected}; "
                     "the plan is of another model"
                 )
+    return weights
 
 
 def _rotated(

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import xxhash
@@ -22,6 +22,10 @@ from sseds_rec.slim.offline.stored import sync
 
 _JOB, _PLAN = "job.json", "plan.json"
 _ITEMS = TypeAdapter(list[WrittenItem])
+
+
+class HelperKilled(UserError):
+    """Another process of the conversion was killed; what is done is whole."""
 
 
 class _Record(BaseModel):
@@ -58,8 +62,9 @@ class Job:
         """
         job = cls(folder, DcpConversion(src, plan))
         record = _Record(src=str(src.absolute()), digest=_digest(src, plan))
-        if not job._is(record):
-            for left in folder.iterdir():
+        same = job._is(record)
+        for left in folder.iterdir():
+            if not same or left.name.startswith(".part-"):  # half a part
                 left.unlink()
         job._check_room()
         plan.save(folder / _PLAN)
@@ -82,7 +87,7 @@ class Job:
         return [part for part in range(len(self.conversion.parts)) if not self._items_file(part).exists()]
 
     def work(self, share: int, shares: int, done: Callable[[], None] = lambda: None) -> None:
-        """Makes every `shares`-th of the parts that are not done.
+        """Makes every `shares`-th of the parts, and then those that no other process has begun: some start later or are slower.
 
         Args:
             share: which of them, in [0, shares).
@@ -92,30 +97,44 @@ class Job:
         Raises:
             UserError: the checkpoint is damaged.
         """
-        for part in range(share, len(self.conversion.parts), shares):
-            if self._items_file(part).exists():
-                continue
-            # Of its own name: a process whose parent was killed may be at the same part.
-            temporary = self.folder / f".part-{part}.{os.uname().nodename}.{os.getpid()}"
-            try:
-                written = self.conversion.write(self.conversion.parts[part], temporary)
-                sync(temporary)
-                os.replace(temporary, self.folder / _data_file(part))
-            finally:
-                temporary.unlink(missing_ok=True)
-            write_json(self._items_file(part), _ITEMS.dump_python(written))
-            done()
+        parts = range(len(self.conversion.parts))
+        for part in [*parts[share::shares], *(part for part in reversed(parts) if part % shares != share)]:
+            # (Two that begin the same part at the same time do no harm.)
+            if not self._items_file(part).exists() and not any(self.folder.glob(f".part-{part}.*")):
+                self._make(part)
+                done()
 
-    def finish(self) -> None:
-        """Writes the metadata, once all parts are done; what is left is a checkpoint.
+    def _make(self, part: int) -> None:
+        # Of its own name: a process whose parent was killed may be at the same part.
+        temporary = self.folder / f".part-{part}.{os.uname().nodename}.{os.getpid()}"
+        try:
+            written = self.conversion.write(self.conversion.parts[part], temporary)
+            sync(temporary)
+            os.replace(temporary, self.folder / _data_file(part))
+        finally:
+            temporary.unlink(missing_ok=True)
+        write_json(self._items_file(part), _ITEMS.dump_python(written))
+
+    def finish(self, made: Sequence[int]) -> tuple[int, int]:
+        """Writes the metadata, once all processes are done; what is left is a checkpoint.
+
+        Args:
+            made: numbers of parts.
+
+        Returns:
+            Bytes that were read and written for these.
 
         Raises:
             UserError: the bytes that were read are not those that were saved.
         """
-        files = {}
-        for part in range(len(self.conversion.parts)):
-            files[_data_file(part)] = _ITEMS.validate_python(read_json(self._items_file(part)))
-        self.conversion.finish(self.folder, files)
+        for part in self.missing:  # begun by a process of a killed job, which has ended since
+            self._make(part)
+        items = [
+            _ITEMS.validate_python(read_json(self._items_file(part))) for part in range(len(self.conversion.parts))
+        ]
+        self.conversion.finish(self.folder, {_data_file(part): own for part, own in enumerate(items)})
+        own = [item for part in made for item in items[part]]
+        return sum(map(self.conversion.bytes_read, own)), sum(item.length for item in own)
 
     def publish(self, dst: Path) -> None:
         """Gives the folder its name."""
@@ -206,7 +225,10 @@ def helpers(folder: Path, count: int) -> Iterator[Callable[[bool], None]]:
             if process.poll() is None or process.returncode == 0:
                 continue
             if process.returncode < 0:
-                raise RuntimeError(f"a process of the conversion was ended by signal {-process.returncode}")
+                raise HelperKilled(
+                    f"{folder}: a process of the conversion was ended by signal {-process.returncode}; "
+                    "the same call goes on from there"
+                )
             assert process.stderr is not None
             said = process.stderr.read().strip().splitlines()
             raise UserError(said[-1] if said else "a process of the conversion failed")

@@ -6,12 +6,13 @@ The `safetensors` package writes a file from tensors that are all in memory; her
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, RootModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, RootModel
 
 from sseds_rec.slim.columns import RowConversion
 from sseds_rec.slim.offline.stored import Content, damaged
@@ -31,6 +32,7 @@ class _Entry(BaseModel):
 
 
 _Header = RootModel[dict[str, _Entry]]
+_Metadata = RootModel[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class SafetensorsFile:
             file.truncate(8 + len(text) + end)
         return _contents(entries, 8 + len(text))
 
+    def finish(self, path: Path, checksums: Mapping[int, int]) -> None:
+        """The format has no checksums."""
+
 
 def read(path: Path) -> SafetensorsFile:
     """What a file holds.
@@ -81,11 +86,17 @@ def read(path: Path) -> SafetensorsFile:
             raise damaged(path, "it does not begin as safetensors do")
         try:
             header = json.loads(file.read(length))
-            metadata = header.pop(_METADATA, {})
+            metadata = _Metadata.model_validate(header.pop(_METADATA, {})).root
             entries = _Header.model_validate(header).root
-        except (ValueError, AttributeError, ValidationError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise damaged(path, f"its header is no safetensors header ({str(error).splitlines()[0]})") from None
-    end = max((entry.data_offsets[1] for entry in entries.values()), default=0)
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        begin, stop = entry.data_offsets
+        dtype = _DTYPES.get(entry.dtype)
+        if begin != end or (stop - begin != math.prod(entry.shape) * dtype.itemsize if dtype else stop < begin):
+            raise damaged(path, f"its header says that {name} is bytes {begin:,} to {stop:,}, which cannot be")
+        end = stop
     if 8 + length + end != size:
         raise damaged(path, f"it has {size:,} bytes, its header says {8 + length + end:,}")
     return SafetensorsFile(metadata, entries, _contents(entries, 8 + length))

@@ -6,21 +6,22 @@ and with table-wise sharding that is a whole table.
 
 from __future__ import annotations
 
-import io
+import contextlib
 import os
-import zipfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from sseds_rec.errors import UserError
 from sseds_rec.slim.columns import RowConversion
+from sseds_rec.slim.offline.reading import Window, opened
+from sseds_rec.slim.offline.records import FileSlice, joined, record_checksums
 
 #: Bytes read at once: they stay in the processor's cache until their columns are gathered.
 _READ_BYTES = 4 << 20
@@ -49,23 +50,20 @@ class StoredChunk:
     dtype: torch.dtype
     checksum: int | None = None
 
-    def read(self, start: int, stop: int, buffer: Tensor) -> tuple[Tensor, memoryview]:
-        """Rows [start, stop) of the tensor as values [stop - start, columns], in the given memory, and as bytes.
+    def read(self, handle: int, start: int, stop: int, window: Window) -> tuple[Tensor, memoryview]:
+        """Rows [start, stop) of the tensor as values [stop - start, columns], and as bytes, until the window's next use.
 
         Raises:
             UserError: the file ends before them.
         """
         size = (stop - start) * self.row_bytes
-        memory = memoryview(buffer.numpy())[:size]  # type: ignore[arg-type]
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.position + (start - self.first_row) * self.row_bytes)
-            done = 0
-            while done < size:
-                got = file.readinto(memory[done:])
-                if not got:
-                    raise damaged(self.path, "it ends early")
-                done += got
-        return buffer[:size].view(self.dtype).view(stop - start, -1)[:, : self.columns], memory
+        memory = window.read(handle, self.position + (start - self.first_row) * self.row_bytes, size)
+        if len(memory) < size:
+            raise damaged(self.path, "it ends early")
+        content = torch.frombuffer(memory, dtype=torch.uint8)
+        if content.data_ptr() % self.dtype.itemsize:
+            content = content.clone()  # records begin at any byte
+        return content.view(self.dtype).view(stop - start, -1)[:, : self.columns], memory
 
 
 @dataclass(frozen=True)
@@ -119,18 +117,32 @@ class StoredTensor:
         }
         widest = max((chunk.row_bytes for chunk in found.values()), default=1)
         rows = max(1, _READ_BYTES // widest)
-        buffers = {index: torch.empty(rows * chunk.row_bytes, dtype=torch.uint8) for index, chunk in found.items()}
+        blocks = [(begin, min(begin + rows, stop)) for begin in range(start, stop, rows)]
         checksums = dict.fromkeys(found, 0)
         target = torch.empty(stop - start, conversion.width, dtype=self.dtype)
-        for begin in range(start, stop, rows):
-            end = min(begin + rows, stop)
-            parts = []
-            for index, chunk in found.items():
-                values, memory = chunk.read(begin, end, buffers[index])
-                if chunk.checksum is not None:
-                    checksums[index] = zlib.crc32(memory, checksums[index])
-                parts.append((chunk.first_column, values))
-            conversion.convert(parts, target[begin - start : end - start])
+        with contextlib.ExitStack() as held:
+            handles = {index: held.enter_context(opened(chunk.path)) for index, chunk in found.items()}
+            # Two windows a chunk: while one is converted, the other is filled.
+            windows = {index: [Window(rows * c.row_bytes) for _ in blocks[:2]] for index, c in found.items()}
+
+            def read(block: int) -> dict[int, tuple[Tensor, memoryview]]:
+                return {
+                    index: chunk.read(handles[index], *blocks[block], windows[index][block % 2])
+                    for index, chunk in found.items()
+                }
+
+            reader = held.enter_context(ThreadPoolExecutor(1))
+            coming = reader.submit(read, 0)
+            for block, (begin, end) in enumerate(blocks):
+                content = coming.result()
+                if block + 1 < len(blocks):
+                    coming = reader.submit(read, block + 1)
+                parts = []
+                for index, (values, memory) in content.items():
+                    if found[index].checksum is not None:
+                        checksums[index] = zlib.crc32(memory, checksums[index])
+                    parts.append((found[index].first_column, values))
+                conversion.convert(parts, target[begin - start : end - start])
         return target, [Checksum(index, start, stop, value) for index, value in checksums.items()]
 
     def check(self, checksums: list[Checksum]) -> None:
@@ -145,7 +157,7 @@ class StoredTensor:
         for index, parts in per_chunk.items():
             chunk, total = self.chunks[index], 0
             for part in sorted(parts, key=lambda part: part.start):
-                total = _joined(total, part.value, (part.stop - part.start) * chunk.row_bytes)
+                total = joined(total, part.value, (part.stop - part.start) * chunk.row_bytes)
             if chunk.checksum is not None and total != chunk.checksum:
                 raise damaged(chunk.path, f"the bytes of {self.name} are not those that were saved")
 
@@ -216,82 +228,16 @@ def locate(path: Path, offset: int, length: int) -> tuple[Tensor, int, int | Non
     return tensor, position, checksum if alone else None
 
 
-def record_checksums(file: IO[bytes] | FileSlice) -> dict[int, int]:
-    """Position of its content -> CRC-32, of every record in a zip file that `torch.save` wrote with checksums."""
-    found = {}
-    for info in zipfile.ZipFile(file).infolist():
-        if info.CRC:  # 0 if torch was told to compute none
-            # Content begins behind the record's own header, whose padding the directory does not tell.
-            file.seek(info.header_offset + 26)
-            name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-            found[info.header_offset + 30 + name + extra] = info.CRC
-    return found
-
-
-class FileSlice(io.RawIOBase):
-    """Some bytes of an open file as a file. (Of torch's own, zipfile cannot find the end.)"""
-
-    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._at)
-        content = self._file.read(min(len(buffer), max(self._length - self._at, 0)))
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)
-
-
-def read_bytes(path: Path, offset: int, length: int) -> Iterator[bytes]:
-    """Bytes of a file, in pieces."""
-    with open(path, "rb") as file:
-        file.seek(offset)
+def read_bytes(path: Path, offset: int, length: int) -> Iterator[memoryview]:
+    """Bytes of a file, in pieces, each until the next."""
+    window = Window(min(length, _READ_BYTES))
+    with opened(path) as handle:
         while length:
-            piece = file.read(min(length, _READ_BYTES))
+            piece = window.read(handle, offset, min(length, _READ_BYTES))
             if not piece:
                 raise damaged(path, "it ends early")
-            length -= len(piece)
+            offset, length = offset + len(piece), length - len(piece)
             yield piece
-
-
-_POLYNOMIAL = 0xEDB88320  # of CRC-32, lowest bit first
-
-
-def _joined(first: int, second: int, length: int) -> int:
-    """CRC-32 of two pieces of bytes, one behind the other, from theirs; the second has `length` bytes.
-
-    CRCs are remainders of polynomials over GF(2): the first is multiplied by x^(8 · length) (as zlib's crc32_combine does).
-    """
-    power, square = 1 << 31, 1 << 23  # 1 and x^8, of which x^(8 · length) is made by squaring
-    while length:
-        if length & 1:
-            power = _product(power, square)
-        square = _product(square, square)
-        length >>= 1
-    return _product(first, power) ^ second
-
-
-def _product(a: int, b: int) -> int:
-    """a b modulo the polynomial; bit 31 is 1, bit 0 is x^31."""
-    result = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            result ^= b
-        b = b >> 1 ^ _POLYNOMIAL if b & 1 else b >> 1
-    return result
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sseds_rec.errors import UserError
 from sseds_rec.slim.columns import RowConversion
-from sseds_rec.slim.offline.stored import Content, record_checksums
+from sseds_rec.slim.offline.records import record_checksums, store_checksums
+from sseds_rec.slim.offline.stored import Content
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,14 @@ class TorchFile:
             else:
                 with FakeTensorMode():
                     holder[key] = torch.empty(len(tensor), conversion.width, dtype=tensor.dtype)
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(self.tree, path)
+        # (Given a path, torch opens it in C++, and says of a full disk only that a position is not the expected one.)
+        with open(path, "wb") as file, torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(self.tree, file)
         return read(path).contents
+
+    def finish(self, path: Path, checksums: Mapping[int, int]) -> None:
+        """Gives such a file, whose tensors were filled, their checksums: position -> CRC-32."""
+        store_checksums(path, checksums)
 
 
 def read(path: Path) -> TorchFile:
