@@ -197,14 +197,10 @@ class Pipeline:
         self.run.require("slim", "search")
         plan = self._plan()
         target = self.run.path("slim", "checkpoint")
-
-        def convert() -> None:
-            shutil.rmtree(target, ignore_errors=True)
-            slim_checkpoint(self.run.path("pretrain", "checkpoint"), target, plan)
-            write_json(self.run.path("slim", "tables.json"), torchrec_tables(plan))
-
         begun = time.monotonic()
-        self.runtime.on_main(convert)
+        self.runtime.on_main(lambda: shutil.rmtree(target, ignore_errors=True))
+        slim_checkpoint(self.run.path("pretrain", "checkpoint"), target, plan, collective=self.runtime.world_size > 1)
+        self.runtime.on_main(lambda: write_json(self.run.path("slim", "tables.json"), torchrec_tables(plan)))
         seconds = time.monotonic() - begun
         self._seed()
         model = self._shard(build_slim_model(self.config.model, self.schema, plan, "select"), self.config.train)

@@ -389,8 +389,6 @@ def test_sets_of_raw_fields_only_need_no_other_collection() -> None:
     only = schema.model_copy(update={"fields": schema.fields[1:]})
     model = build_model(MODEL, only)
     assert model.embeddings is None and model.raw == ["device", "tags"]
-    with pytest.raises(sr.UserError, match="managed: slim\\(\\) does not rebuild managed collision"):
-        sr.slim(model, sr.DimensionPlan(tables={}, budget={}, reached={}))
 
 
 CONFIG = """
