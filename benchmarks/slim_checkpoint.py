@@ -4,12 +4,12 @@ Generates a checkpoint folder as four ranks would have saved it, of four tables 
 a quarter of all bytes, one by rows over the ranks, one in column-wise shards with row-wise Adagrad, one with Adam moments; and a
 dense weight. The plans keep 12 columns of each table, as they are and rotated.
 
-Turn about, with the page cache dropped before each (as root; otherwise it says that it was not): `cp` of a file to another, and
-conversions by one and two processes. Each command is timed from its start until it has exited; that is for a conversion also the
-time in which Python and TorchRec are read from the disk and start. After `cp` the file is synced, within its time, since
-conversions wait for the disk too. A conversion reads R bytes and writes W; `cp` of B bytes reads B and writes B, with B about
-(R + W) / 2. Speed is bytes read and written over seconds, for both. Memory is the highest resident size of any process, as the
-kernel counts it. Prints a Markdown table; exits 1 if a ratio of speeds is below 0.5 or a process took 1.5 GiB. Linux only.
+Turn about, with all that is to be read dropped from the page cache before each: `cp` of a file to another, and conversions by
+one and two processes. Each command is timed from its start until it has exited; that is for a conversion also the time in which
+Python and torch start. After `cp` the file is synced, within its time, since conversions wait for the disk too. A
+conversion reads R bytes and writes W; `cp` of B bytes reads B and writes B, with B about (R + W) / 2. Speed is bytes read and
+written over seconds, for both. Memory is the highest resident size of any process, as the kernel counts it. Prints a
+Markdown table; exits 1 if a ratio of speeds is below 0.5 or a process took 1.5 GiB. Linux only.
 """
 
 from __future__ import annotations
@@ -160,14 +160,12 @@ def peak(process: int) -> float:
     return largest / 2**20
 
 
-def drop_caches() -> bool:
-    """Whether what was read before is out of memory."""
+def drop_from_cache(folder: Path) -> None:
+    """Makes the next to read the files of a folder read them from the disk."""
     os.sync()
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-    except OSError:
-        return False
-    return True
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure(command: list[str | Path], then_sync: Path | None = None) -> tuple[Measured, str]:
@@ -226,16 +224,15 @@ def main() -> None:
             options = ["--plan", work / f"plan{rotated}.json", "--processes", str(processes), "--json"]
             commands[f"{name}, {processes} process{'es' * (processes > 1)}"] = [*slim, dst, *options]
         found: dict[str, list[Measured]] = {name: [] for name in commands}
-        cold = True
         for _ in range(args.rounds):
             for name, command in commands.items():
-                cold &= drop_caches()
+                drop_from_cache(work)
                 measured, said = measure(command, single_copy if name == "cp" else None)
                 found[name].append(measured)
                 print(f"{name}: {measured.seconds:.1f} s, {measured.speed:.0f} MB/s, {said.strip()}", file=sys.stderr)
                 single_copy.unlink(missing_ok=True)
                 shutil.rmtree(dst, ignore_errors=True)
-        print(f"page cache: {'dropped before each' if cold else 'warm'}; rounds: {args.rounds}\n")
+        print(f"rounds: {args.rounds}\n")
         headings = (
             "",
             "GB read and written",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sseds_rec import _fbgemm
 
 _fbgemm.check_builds()
+_fbgemm.check_with_torchrec()
 
 if TYPE_CHECKING:
     from sseds_rec.errors import UserError

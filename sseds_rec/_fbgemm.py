@@ -4,12 +4,13 @@ The CPU build (distribution `fbgemm-gpu-cpu`) and the CUDA build (`fbgemm-gpu`) 
 each release is compiled against one torch. A mixed or mismatched set shows itself as a page of undefined symbols.
 """
 
-import functools
 import logging
 import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 from sseds_rec.errors import UserError
 
@@ -35,14 +36,26 @@ def check_builds() -> None:
     _raise_if(_build_problem())
 
 
-@functools.cache
-def check() -> None:
-    """Loads fbgemm; to be called before TorchRec is imported.
+def check_with_torchrec() -> None:
+    """Has fbgemm loaded first when TorchRec is imported, by whatever module.
 
-    Raises:
-        InstallError: See `check_builds`; or fbgemm's libraries do not load.
+    That import raises `InstallError` if `check_builds` would, or fbgemm's libraries do not load.
     """
-    _raise_if(_build_problem() or _load_problem())
+    if "torchrec" not in sys.modules and not any(isinstance(finder, _BeforeTorchRec) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeTorchRec())
+
+
+class _BeforeTorchRec(MetaPathFinder):
+    """Finds no module, but is asked for each."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if fullname != "torchrec":
+            return
+        sys.meta_path.remove(self)  # what follows looks for TorchRec too
+        problem = _build_problem() or _load_problem()
+        if problem:
+            sys.meta_path.insert(0, self)  # another attempt fails alike
+        _raise_if(problem)
 
 
 def _raise_if(problem: str | None) -> None:

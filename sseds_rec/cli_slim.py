@@ -42,11 +42,13 @@ def convert_checkpoint(
         raise UserError(f"--plan takes SRC and DST, and {len(places)} were given: sseds slim SRC DST --plan plan.json")
     if processes and ranks > 1:
         raise UserError("--processes goes without torchrun, whose ranks convert; leave it out")
+    from sseds_rec.distributed.memory import keep_freed_memory
     from sseds_rec.distributed.runtime import ALONE, runtime
     from sseds_rec.search.plan import DimensionPlan
     from sseds_rec.slim.checkpoint import convert
 
     src, dst = places
+    keep_freed_memory()
     with runtime("cpu") if ranks > 1 else nullcontext(ALONE) as place:
         try:
             own = place.on_all(lambda: DimensionPlan.load(plan))

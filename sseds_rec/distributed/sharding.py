@@ -18,9 +18,10 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import ModuleSharder, QuantizedCommCodecs, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from sseds_rec.constants import KERNEL_MULTIPLE
 from sseds_rec.distributed.managed import ManagedSharder, is_managed
 from sseds_rec.distributed.runtime import Runtime
-from sseds_rec.distributed.tables import KERNEL_MULTIPLE, embedding_modules, table_configs
+from sseds_rec.distributed.tables import embedding_modules, table_configs
 from sseds_rec.errors import UserError
 
 Placement = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]

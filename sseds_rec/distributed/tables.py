@@ -35,9 +35,6 @@ from torchrec.quant import embedding_modules as quantized
 
 from sseds_rec.errors import UserError
 
-#: FBGEMM's table-batched kernels take widths that are multiples of this only, on CPU too.
-KERNEL_MULTIPLE = 4
-
 SEARCHABLE = (
     EmbeddingBagCollection,
     EmbeddingCollection,
@@ -72,11 +69,6 @@ _REFUSED: dict[tuple[type, ...], str] = {
         "only EmbeddingBagCollection, EmbeddingCollection and TorchRec's modules around them can be"
     ),
 }
-
-
-def stored_dim(embedding_dim: int) -> int:
-    """The width in columns at which FBGEMM can store `embedding_dim` columns."""
-    return -(-embedding_dim // KERNEL_MULTIPLE) * KERNEL_MULTIPLE
 
 
 def embedding_modules(model: nn.Module, also: tuple[type[nn.Module], ...] = ()) -> dict[str, nn.Module]:

@@ -1,9 +1,5 @@
 """Models over a KeyedTensor of embeddings. Importing the package registers them."""
 
-from sseds_rec import _fbgemm
-
-_fbgemm.check()  # before anything imports TorchRec
-
 from sseds_rec.models import dcnv2, deepfm, dlrm, dnn, fm, wide_deep  # noqa: F401
 from sseds_rec.models.ctr import (
     CtrModel,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from torch import nn
 
-from sseds_rec.distributed.tables import KERNEL_MULTIPLE
+from sseds_rec.constants import KERNEL_MULTIPLE
 from sseds_rec.errors import UserError
 
 if TYPE_CHECKING:

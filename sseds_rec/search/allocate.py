@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sseds_rec.distributed.tables import stored_dim
+from sseds_rec.constants import stored_dim
 from sseds_rec.errors import UserError
 from sseds_rec.search import knapsack
 from sseds_rec.search.budget import Budget

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from sseds_rec.distributed.tables import stored_dim
+from sseds_rec.constants import stored_dim
 from sseds_rec.search.scores import Table
 
 Kind = Literal["parameters", "bytes", "dims"]

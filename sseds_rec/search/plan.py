@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, model_validator
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
-from sseds_rec.distributed.tables import stored_dim
+from sseds_rec.constants import stored_dim
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json, write_json
 from sseds_rec.search.rotation import Rotation
 from sseds_rec.search.rotation_file import RotationFile
+
+if TYPE_CHECKING:
+    from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 
 class TablePlan(BaseModel):
@@ -128,6 +130,8 @@ class DimensionPlan(BaseModel):
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The slim tables as TorchRec configs, `embedding_dim` as the kernels store it, dropped tables gone."""
+        from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType  # takes seconds
+
         return [
             EmbeddingBagConfig(
                 name=name,

@@ -12,7 +12,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel, get_un
 from torchrec.distributed.types import ShardedModule
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from sseds_rec.distributed.tables import KERNEL_MULTIPLE, collection_of
+from sseds_rec.constants import KERNEL_MULTIPLE
+from sseds_rec.distributed.tables import collection_of
 from sseds_rec.errors import UserError
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.rotation import Rotation

@@ -24,7 +24,8 @@ from torchrec.modules.pec_embedding_modules import PECEmbeddingCollection
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 import sseds_rec as sr
-from sseds_rec.distributed.tables import embedding_modules, stored_dim, training_kernels
+from sseds_rec.constants import stored_dim
+from sseds_rec.distributed.tables import embedding_modules, training_kernels
 from tests.ranks import run_ranks
 from tests.search.placed import shard
 from tests.search.zoo import TABLES, Case, build, make_batch

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from sseds_rec.distributed.memory import keep_freed_memory
 from sseds_rec.errors import UserError
 from sseds_rec.slim.offline.job import Job
 
@@ -13,6 +14,7 @@ from sseds_rec.slim.offline.job import Job
 def main(folder: str, share: str, shares: str) -> None:
     """Makes its share; ends, as soon as the part under way is done, if the process that started it has ended."""
     parent = os.getppid()
+    keep_freed_memory()
 
     def stop_alone() -> None:
         if os.getppid() != parent:
