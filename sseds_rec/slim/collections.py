@@ -111,6 +111,7 @@ class SlimEmbeddingCollection(SlimModule):
             for width in self.collections
         }
         self._remaps = remaps
+        self.joined = _Joined()
 
     def parts(self) -> Mapping[str, tuple[nn.Module, set[str]]]:
         return {f"collections.{width}": (own, self._tables[width]) for width, own in self.collections.items()}
@@ -119,12 +120,16 @@ class SlimEmbeddingCollection(SlimModule):
         self, features: KeyedJaggedTensor
     ) -> dict[str, JaggedTensor] | tuple[dict[str, JaggedTensor], KeyedJaggedTensor | None]:
         """KJT over at least the features of all tables -> key -> JaggedTensor [ids, original D]."""
-        found = [collection(features) for collection in self.collections.values()]
+        found = {width: collection(features) for width, collection in self.collections.items()}
         if not self._remaps:
             return self.widening(found, features)
-        return self.widening([one[0] for one in found], features), _joined([one[1] for one in found])
+        embeddings = {width: one[0] for width, one in found.items()}
+        return self.widening(embeddings, features), self.joined([one[1] for one in found.values()])
 
 
-def _joined(remapped: list[Any]) -> KeyedJaggedTensor | None:
-    parts = [part.wait() if isinstance(part, Awaitable) else part for part in remapped]
-    return KeyedJaggedTensor.concat(parts) if parts and parts[0] is not None else None
+class _Joined(nn.Module):
+    """Remapped ids of several collections -> of all; a module since TorchRec's pipelines cannot trace it."""
+
+    def forward(self, remapped: list[Any]) -> KeyedJaggedTensor | None:
+        parts = [part.wait() if isinstance(part, Awaitable) else part for part in remapped]
+        return KeyedJaggedTensor.concat(parts) if parts and parts[0] is not None else None

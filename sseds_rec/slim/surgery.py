@@ -178,7 +178,7 @@ def _replacement(
         rebuilt = rebuild(module, kept, on, group) if kept else None
         replacement = SlimEmbeddingBagCollection(rebuilt, tables, output, collection._is_weighted, remaps)
     replacement.widening.to(torch.device("cpu") if on.type == "meta" else on)
-    return replacement
+    return replacement.train(module.training)
 
 
 @torch.no_grad()
