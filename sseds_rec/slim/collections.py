@@ -48,10 +48,15 @@ def _restore(module: SlimModule, state: dict[str, Any], prefix: str, *others: An
     parts = module.parts()
     for name in [name for name in state if name.startswith(prefix) and not name.startswith(own)]:
         inner = name.removeprefix(prefix)
-        for path, (_part, tables) in parts.items():
-            if len(parts) == 1 or any(f".{table}." in f".{inner}." for table in tables):
-                state[f"{prefix}{path}.{inner}"] = state.pop(name)
-                break
+        of_table = [path for path, (_, tables) in parts.items() if any(_is_of(inner, table) for table in tables)]
+        value = state.pop(name)
+        for path in of_table or parts:  # what is of no table, such as a count of passes, each part has
+            state[f"{prefix}{path}.{inner}"] = value
+
+
+def _is_of(name: str, table: str) -> bool:
+    # The latter are buffers of modules that prune rows.
+    return f".{table}." in f".{name}." or f".{table}_itp_" in f".{name}"
 
 
 class SlimEmbeddingBagCollection(SlimModule):

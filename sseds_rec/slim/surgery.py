@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,7 @@ def slim(
             (names it), or options exclude each other.
     """
     output = Output(init, aligned_dim, raw)
-    modules = embedding_modules(model, ROW_PRUNED)
+    modules = embedding_modules(model, ROW_PRUNED, "slimmed")
     _check(model, modules, plan, output, shard)
     names = qualified_tables(modules)
     sharded = any(isinstance(module, ShardedModule) for module in modules.values())
@@ -112,7 +112,7 @@ def check_plan(plan: DimensionPlan, model: nn.Module) -> None:
     Raises:
         UserError: names the first table that is missing on either side, or whose rows or width differ.
     """
-    _check_tables(plan, plan_tables(embedding_modules(model, ROW_PRUNED)))
+    _check_tables(plan, plan_tables(embedding_modules(model, ROW_PRUNED, "slimmed")))
 
 
 def _check_tables(plan: DimensionPlan, tables: Mapping[str, Table]) -> None:
@@ -134,6 +134,10 @@ def _check(
 ) -> None:
     _check_tables(plan, plan_tables(dict(modules)))
     names = qualified_tables(dict(modules))
+    if output.init not in get_args(Init):
+        raise UserError(f"init={output.init!r}: choose one of {', '.join(get_args(Init))}")
+    if output.aligned_dim is not None and output.aligned_dim < 1:
+        raise UserError(f"aligned_dim={output.aligned_dim}: embeddings have a column at least")
     if output.raw and output.aligned_dim is not None:
         raise UserError(f"raw=True returns the kept columns, aligned_dim={output.aligned_dim} aligns them; choose one")
     for path, module in modules.items():

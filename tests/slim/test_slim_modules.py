@@ -21,7 +21,7 @@ import sseds_rec as sr
 from sseds_rec.search.plan import TablePlan
 from tests.search.zoo import KEYS, TABLES, Case, make_batch, plain_model
 from tests.slim.moves import mask, plan_keeping
-from tests.slim.shared import CUTS, assert_equal, assert_raw, make_features, pooled, sequences
+from tests.slim.shared import CUTS, Wrapped, assert_equal, assert_raw, make_features, pooled, sequences
 
 #: Of a width that is stored wider, of all columns, of a table of two features, and of none.
 KEPT: dict[str, list[int]] = {"t0": [0, 3, 6], "t1": list(range(8)), "t2": [1, 2, 5, 7], "t3": []}
@@ -125,3 +125,43 @@ def test_tables_of_half_precision(dtype: DataType) -> None:
         assert_equal(slim(make_features()), masked(make_features()))
         stored = {p.dtype for name, p in slim.named_parameters() if name.endswith(".weight")}
         assert stored == {p.dtype for p in model.parameters()} != {torch.float32}
+
+
+@pytest.mark.parametrize("kept", CUTS)
+def test_modules_that_prune_rows_keep_their_count_and_settings(kept: dict[str, list[int]]) -> None:
+    sizes = {"first": 30, "third": 20}
+    for inner, kind in ((pooled(), ITEPEmbeddingBagCollection), (sequences(), ITEPEmbeddingCollection)):
+        model = Wrapped(kind(inner.embedding, GenericITEPModule(sizes, pruning_interval=7)))  # type: ignore[arg-type]
+        for _ in range(3):
+            model(make_features())
+        plan = plan_keeping(inner, kept)
+        slim = sr.slim(model, plan)
+        mask(inner, kept)
+        assert_equal(slim(make_features()), inner(make_features()))
+        parts = [own for own in slim.modules() if isinstance(own, kind)]
+        assert {int(own._iter) for own in parts} == {4} and int(model.embedding._iter) == 3
+        assert {own._itep_module.pruning_interval for own in parts} == {7}
+        assert all(own._itep_module.table_name_to_unpruned_hash_sizes == sizes for own in parts)
+        state = slim.state_dict()
+        assert {name for name in state if ".transforms." not in name} == {
+            name for name in model.state_dict() if all(kept[table] for table in _named(name, list(kept)))
+        }
+        again = sr.slim(model, plan, init="random")
+        again.load_state_dict(state)
+        _assert_same(_state(again), state)
+
+
+def _named(name: str, tables: list[str]) -> list[str]:
+    return [part for part in name.split(".") if part in tables]
+
+
+def test_position_weights_of_a_collection_of_processors() -> None:
+    inner = pooled(is_weighted=True)
+    processors = PositionWeightedModuleCollection({"a": 4, "b": 4, "c": 4})
+    for own in processors.parameters():
+        own.data.uniform_(0.5, 1.5)
+    model = Wrapped(FeatureProcessedEmbeddingBagCollection(inner.embedding, processors))
+    for kept in CUTS:
+        slim, masked = sr.slim(model, plan_keeping(model, kept)), copy.deepcopy(model)
+        mask(masked, kept)
+        assert_equal(slim(make_features()), masked(make_features()))
