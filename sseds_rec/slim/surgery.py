@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
+from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection, get_unwrapped_module
 from torchrec.distributed.types import ShardedModule, ShardedTensor
 
 from sseds_rec.distributed.tables import (
@@ -28,6 +28,7 @@ from sseds_rec.slim.alignment import Init
 from sseds_rec.slim.collections import SlimEmbeddingBagCollection, SlimEmbeddingCollection, SlimModule
 from sseds_rec.slim.columns import row_conversion
 from sseds_rec.slim.offline.entries import conversions
+from sseds_rec.slim.placement import shard_alike
 from sseds_rec.slim.rebuild import MANAGED, PROCESSED, ROW_PRUNED, rebuild
 from sseds_rec.slim.transfer import transfer
 from sseds_rec.slim.widening import Output, Tables
@@ -65,8 +66,8 @@ def slim(
             original widths. Needs init="random" if it differs from them.
         raw: return the kept columns as they are, d_i wide and without transform matrices, and no dropped features: for models
             that concatenate. An embedding of a rotated table then has its mass as last column (see `MassColumns`).
-        shard: makes the slim model, on the meta device, a sharded one, as the job makes its model one; by default
-            `DistributedModelParallel` with the sharders, process group and device that `model` was made with.
+        shard: makes the slim model, on the meta device, a sharded one, as the job makes its model one; by default every table
+            is split as its original is, with the sharders, process group and device that `model` was made with.
 
     Raises:
         UserError: the plan is of another model (names the table), a module cannot be rebuilt or its tables not be rotated
@@ -93,7 +94,7 @@ def slim(
     if not isinstance(model, DistributedModelParallel) or not sharded:
         return copy.deepcopy(model, memo)
     tree = copy.deepcopy(get_unwrapped_module(model), memo)
-    slimmed = shard(tree) if shard is not None else _shard_alike(model, tree)
+    slimmed = shard(tree) if shard is not None else shard_alike(model, tree)
     state = model.state_dict()
     shapes = {name: value.size() for name, value in state.items() if isinstance(value, (Tensor, ShardedTensor))}
     transfer(
@@ -159,6 +160,8 @@ def _check(
         raise UserError(
             f"{type(model).__name__} holds sharded tables; give slim() the DistributedModelParallel around it"
         )
+    if isinstance(model, DMPCollection):
+        raise UserError(f"{type(model).__name__} replicates tables over groups of ranks; slim its checkpoint instead")
     if shard is not None and not any(sharded):
         raise UserError("shard= is for a model that is sharded; shard what slim() returns")
 
@@ -199,7 +202,3 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
     collection: Any = collection_of(module)
     found = collection.embeddings if is_sequence(module) else collection.embedding_bags
     return {name: table.weight for name, table in found.items()}
-
-
-def _shard_alike(model: DistributedModelParallel, tree: nn.Module) -> nn.Module:
-    return DistributedModelParallel(tree, env=model._env, device=model.device, sharders=model.sharders)

@@ -38,8 +38,13 @@ class Processed(_Anywhere, FeatureProcessedEmbeddingBagCollectionSharder):
     pass
 
 
-def shard(model: nn.Module, types: Mapping[str, str], local: int | None = None) -> DistributedModelParallel:
-    """Splits the tables as `types` says, on CPU; `local` ranks are one machine."""
+def shard(
+    model: nn.Module,
+    types: Mapping[str, str],
+    local: int | None = None,
+    fused_params: dict[str, Any] | None = None,
+) -> DistributedModelParallel:
+    """Splits the tables as `types` says, on CPU; `local` ranks are one machine, and `fused_params` go to all tables."""
     constraints = {
         table: ParameterConstraints(
             sharding_types=[kind], compute_kernels=["dense" if kind == "data_parallel" else "fused"], min_partition=4
@@ -47,13 +52,13 @@ def shard(model: nn.Module, types: Mapping[str, str], local: int | None = None) 
         for table, kind in types.items()
     }
     topology = Topology(world_size=dist.get_world_size(), local_world_size=local, compute_device="cpu")
-    bags = Bags()
+    bags, sequences = Bags(fused_params=fused_params), Sequences(fused_params=fused_params)
     sharders: Any = [
         bags,
-        Sequences(),
+        sequences,
         Processed(bags),
         ManagedSharder(bags),
-        ManagedCollisionEmbeddingCollectionSharder(Sequences()),
+        ManagedCollisionEmbeddingCollectionSharder(sequences),
     ]
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)

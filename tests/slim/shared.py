@@ -34,22 +34,22 @@ class Wrapped(nn.Module):
         return self.embedding(features)
 
 
-def pooled(is_weighted: bool = False, **options: Any) -> Wrapped:
+def pooled(is_weighted: bool = False, device: str = "cpu", **options: Any) -> Wrapped:
     torch.manual_seed(0)
     configs = [
         EmbeddingBagConfig(name=t, num_embeddings=9, embedding_dim=8, feature_names=list(own), **options)
         for t, own in TABLES.items()
     ]
-    return Wrapped(EmbeddingBagCollection(tables=configs, is_weighted=is_weighted))
+    return Wrapped(EmbeddingBagCollection(tables=configs, is_weighted=is_weighted, device=torch.device(device)))
 
 
-def sequences(need_indices: bool = False, **options: Any) -> Wrapped:
+def sequences(need_indices: bool = False, device: str = "cpu", **options: Any) -> Wrapped:
     torch.manual_seed(0)
     configs = [
         EmbeddingConfig(name=t, num_embeddings=9, embedding_dim=8, feature_names=list(own), **options)
         for t, own in TABLES.items()
     ]
-    return Wrapped(EmbeddingCollection(tables=configs, need_indices=need_indices))
+    return Wrapped(EmbeddingCollection(tables=configs, need_indices=need_indices, device=torch.device(device)))
 
 
 def make_features(weighted: bool = False) -> KeyedJaggedTensor:
@@ -58,6 +58,15 @@ def make_features(weighted: bool = False) -> KeyedJaggedTensor:
     values = torch.randint(0, 9, (int(lengths.sum()),), generator=random)
     weights = torch.rand(len(values), generator=random) if weighted else None
     return KeyedJaggedTensor(keys=list("abc"), values=values, lengths=lengths, weights=weights)
+
+
+def make_share(rank: int, world_size: int) -> KeyedJaggedTensor:
+    """A rank's rows of `make_features`: as many on each."""
+    bags = [own.to_dense() for own in make_features().to_dict().values()]
+    count = len(bags[0]) // world_size
+    rows = [ids for own in bags for ids in own[rank * count : (rank + 1) * count]]
+    lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int32)
+    return KeyedJaggedTensor(keys=list("abc"), values=torch.cat(rows), lengths=lengths)
 
 
 def assert_equal(found: Any, expected: Any, ids: bool = False, atol: float = 1e-6) -> None:
