@@ -9,8 +9,12 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableShardingSpec, ParameterSharding
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingPlan,
+)
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from sseds_rec.distributed.runtime import Runtime
@@ -22,8 +26,8 @@ from sseds_rec.errors import UserError
 def shard_alike(model: DistributedModelParallel, tree: nn.Module) -> DistributedModelParallel:
     """Shards a model as another is sharded; all ranks call it.
 
-    Every table has the sharding type and the kernel that it has there, on ranks that TorchRec's planner chooses. The planner alone
-    would make small tables data-parallel, and these have no fused optimizer.
+    Every table has the sharding type and the kernel that it has there, on ranks that TorchRec's planner chooses. The planner
+    alone would make small tables data-parallel, and these have no fused optimizer.
 
     Args:
         model: the other, with tables of the same names.
@@ -54,7 +58,9 @@ def _constraints(plan: ShardingPlan, tree: nn.Module) -> dict[str, ParameterCons
     """Table -> what the planner may do. It knows tables by name only: those of one name may be split as any of them is."""
     widths: dict[str, int] = {}
     for module in tree.modules():
-        for config in table_configs(module) if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)) else ():
+        for config in (
+            table_configs(module) if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)) else ()
+        ):
             widths[config.name] = min(config.embedding_dim, widths.get(config.name, config.embedding_dim))
     found: dict[str, ParameterConstraints] = {}
     for own in plan.plan.values():

@@ -99,12 +99,23 @@ def slim(
     shapes = {name: value.size() for name, value in state.items() if isinstance(value, (Tensor, ShardedTensor))}
     transfer(
         state,
-        slimmed.state_dict(),
+        _once(slimmed),
         conversions(Path("the model"), shapes, plan),
         model._env.process_group,
         model.device,
     )
     return slimmed
+
+
+def _once(model: nn.Module) -> dict[str, Any]:
+    """The state of a model without what it has at a second path."""
+    seen: set[int] = set()
+    again = []
+    for path, module in get_unwrapped_module(model).named_modules(remove_duplicate=False):
+        if id(module) in seen:
+            again.append(f"{path}.")
+        seen.add(id(module))
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(again))}
 
 
 def check_plan(plan: DimensionPlan, model: nn.Module) -> None:

@@ -113,7 +113,7 @@ class PooledWidening(nn.Module):
             keys = [] if self.raw else list(self.original)
             return KeyedTensor(keys, [self.original[key] for key in keys], zeros)
         if embeddings is not None:
-            names = [self.names[key] for key in embeddings.keys()]
+            names = list(map(self.names.__getitem__, embeddings.keys()))
             embeddings = KeyedTensor(names, embeddings.length_per_key(), embeddings.values())
         kept = self.masses(embeddings, features)
         if self.raw:

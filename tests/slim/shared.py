@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from torchrec import (
     KeyedJaggedTensor,
     KeyedTensor,
 )
+
+import sseds_rec as sr
+from tests.slim.moves import mask
+from tests.slim.rotations import draw_rotation, project
 
 #: Two tables of feature a, of which one or none may be left, or both in other widths; one of two features.
 TABLES = {"first": ["a", "b"], "second": ["a"], "third": ["c"]}
@@ -98,3 +103,22 @@ def assert_raw(found: Any, original: Any, kept: dict[str, list[int]], ids: bool 
             assert torch.equal(found[key].values(), original[key].values()[:, own])
             assert torch.equal(found[key].lengths(), original[key].lengths())
             assert not ids or torch.equal(found[key].weights(), original[key].weights())
+
+
+def rotated(plan: sr.DimensionPlan, *tables: str) -> sr.DimensionPlan:
+    rotations = {
+        name: draw_rotation(own.original_dim, seed).keep(own.kept)
+        for seed, (name, own) in enumerate(plan.tables.items())
+        if name in tables
+    }
+    return plan.model_copy(update={"rotations": rotations})
+
+
+def projected(model: nn.Module, plan: sr.DimensionPlan, kept: dict[str, list[int]]) -> nn.Module:
+    """The model with rotated tables projected and the others masked."""
+    result = copy.deepcopy(model)
+    mask(result, {name: list(range(8)) if name in plan.rotations else own for name, own in kept.items()})
+    for name, rotation in plan.rotations.items():
+        weight = result.embedding.embedding_bags[name].weight.data
+        weight.copy_(project(weight, rotation))
+    return result

@@ -16,8 +16,8 @@ from torchrec.distributed.types import LazyAwaitable
 import sseds_rec as sr
 from tests.ranks import run_ranks
 from tests.search import placed
-from tests.slim.moves import plan_keeping
-from tests.slim.shared import CUTS, Wrapped, make_features, make_share, pooled, sequences
+from tests.slim.moves import mask, plan_keeping
+from tests.slim.shared import CUTS, Wrapped, make_features, make_share, pooled, projected, rotated, sequences
 
 PLACES = {"first": "table_wise", "second": "row_wise", "third": "column_wise"}
 RATES = {"first": 0.3, "second": 0.1, "third": 0.02}
@@ -41,7 +41,7 @@ def shard_like(kind: str, model: nn.Module, by_table: bool) -> DistributedModelP
 def loss_of(found: Any) -> Tensor:
     """Another slope for every key, row and column."""
     found = found.wait() if isinstance(found, LazyAwaitable) else found
-    parts = [found[key] if isinstance(found[key], Tensor) else found[key].values() for key in found.keys()]
+    parts = [found[key] if isinstance(found[key], Tensor) else found[key].values() for key in list(found.keys())]
     return sum(((i + 1) * own + own.square()).sum() for i, own in enumerate(parts))  # type: ignore[return-value]
 
 
@@ -90,3 +90,105 @@ def test_tables_keep_their_places_and_their_optimizers(world_size: int, kind: st
             torch.testing.assert_close(values, own, rtol=1e-5, atol=1e-6)
             seen[name] += values.numel()
     assert seen == {name: value.numel() for name, value in weights.items()}
+
+
+MOVES = [
+    (["table_wise", "row_wise", "column_wise"], ["row_wise", "column_wise", "table_wise"]),
+    (["column_wise", "table_wise", "row_wise"], ["data_parallel", "row_wise", "column_wise"]),
+]
+
+
+def _rotated(rank: int, world_size: int, kept: dict[str, list[int]], sources: list[str], targets: list[str]) -> Tensor:
+    full = placed.shard(pooled(device="meta"), dict(zip(PLACES, sources, strict=True)))
+    placed.load(full, dict(pooled().named_parameters()))
+    types = {t: own for t, own in zip(PLACES, targets, strict=True) if kept[t]}
+    plan = rotated(plan_keeping(pooled(), kept), "first", "third")
+    slim = sr.slim(full, plan, shard=lambda tree: placed.shard(tree, types))
+    found = slim(make_share(rank, world_size))
+    loss_of(found).backward()
+    return found.values().detach()
+
+
+@pytest.mark.parametrize("kept", [CUTS[0], CUTS[2], {name: [] for name in PLACES}], ids=str)
+@pytest.mark.parametrize(("sources", "targets"), MOVES)
+def test_rotated_tables_from_shard_to_shard(kept: dict[str, list[int]], sources: list[str], targets: list[str]) -> None:
+    model = pooled()
+    expected = projected(model, rotated(plan_keeping(model, kept), "first", "third"), kept)(make_features()).values()
+    found = torch.cat(run_ranks(2, _rotated, kept, sources, targets))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+class Several(nn.Module):
+    """Two collections whose tables have equal names, one of them at two paths, and a sequence."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.left, self.right = pooled(device=device).embedding, pooled(device=device).embedding
+        self.sequence = sequences(device=device).embedding
+        self.tower = nn.ModuleDict({"again": self.left})
+        torch.manual_seed(0)
+        self.over = nn.Linear(8, 1)
+
+    def forward(self, features: Any) -> Tensor:
+        pooled_rows = [module(features) for module in (self.left, self.right, self.tower["again"])]
+        columns = [own[key] for own in pooled_rows for key in ("a@first", "b", "a@second", "c")]
+        found = self.sequence(features)
+        columns += [
+            torch.stack([rows.sum(dim=0) for rows in found[key].to_dense()])
+            for key in ("a@first", "b", "a@second", "c")
+        ]
+        return self.over(torch.stack(columns, dim=1)).tanh().squeeze(2)
+
+
+def _kept(left: dict[str, list[int]], right: dict[str, list[int]], sequence: dict[str, list[int]]) -> Any:
+    parts = {"left": left, "right": right, "sequence": sequence}
+    return {f"{path}.{name}": own for path, kept in parts.items() for name, own in kept.items()}
+
+
+NOTHING: dict[str, list[int]] = {name: [] for name in PLACES}
+SEVERAL = [
+    (CUTS[0], CUTS[1], CUTS[2]),
+    (NOTHING, CUTS[0], NOTHING),
+    (CUTS[3], NOTHING, CUTS[0]),
+    (NOTHING, NOTHING, NOTHING),
+]
+
+
+def _several(rank: int, world_size: int, cuts: Any) -> tuple[Tensor, list[str]]:
+    full = placed.shard(Several("meta"), PLACES)
+    placed.load(full, Several().state_dict())
+    slim = sr.slim(full, plan_keeping(Several("meta"), _kept(*cuts)))
+    first = slim(make_share(rank, world_size))
+    dense = torch.optim.SGD([p for name, p in slim.named_parameters() if ".embedding" not in name], lr=0.05)
+    losses = []
+    for _ in range(3):
+        dense.zero_grad()
+        loss = (slim(make_share(rank, world_size)) - 0.5).square().sum()
+        loss.backward()
+        dense.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    return first.detach(), [name for name in slim.state_dict() if "transforms" not in name]
+
+
+@pytest.mark.parametrize("cuts", SEVERAL)
+def test_collections_of_which_nothing_is_left(cuts: Any) -> None:
+    model = Several()
+    masked = Several()
+    for path, own in zip(("left", "right", "sequence"), cuts, strict=True):
+        mask(masked.get_submodule(path), own)
+    answers = run_ranks(2, _several, cuts)
+    torch.testing.assert_close(
+        torch.cat([found for found, _ in answers]), masked(make_features()).detach(), rtol=0, atol=1e-6
+    )
+    kept = _kept(*cuts) | {f"tower.again.{name}": own for name, own in cuts[0].items()}
+    expected = {name for name in model.state_dict() if not _dropped(name, kept)}
+    for _, names in answers:
+        assert set(names) == expected and len(names) == len(expected)
+
+
+def _dropped(name: str, kept: dict[str, list[int]]) -> bool:
+    """Whether this is a table of no column."""
+    plain = name.removesuffix(".weight").replace(".embedding_bags.", ".").replace(".embeddings.", ".")
+    return not kept.get(plain, [0])

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
-from torchrec import JaggedTensor, KeyedJaggedTensor, KeyedTensor
-from torchrec.modules.embedding_configs import DataType, PoolingType
+from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.feature_processor_ import PositionWeightedModuleCollection
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 from torchrec.modules.itep_embedding_modules import ITEPEmbeddingBagCollection, ITEPEmbeddingCollection
 from torchrec.modules.itep_modules import GenericITEPModule
 
 import sseds_rec as sr
-from sseds_rec.search.plan import TablePlan
-from tests.search.zoo import KEYS, TABLES, Case, make_batch, plain_model
+from tests.search.zoo import TABLES, Case, make_batch, plain_model
 from tests.slim.moves import mask, plan_keeping
 from tests.slim.shared import CUTS, Wrapped, assert_equal, assert_raw, make_features, pooled, sequences
 
 #: Of a width that is stored wider, of all columns, of a table of two features, and of none.
 KEPT: dict[str, list[int]] = {"t0": [0, 3, 6], "t1": list(range(8)), "t2": [1, 2, 5, 7], "t3": []}
-NONE: dict[str, list[int]] = dict.fromkeys(KEPT, [])
+NONE: dict[str, list[int]] = {name: [] for name in KEPT}
 CASES = [
     Case(),
     Case(pooling="MEAN"),
