@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torchrec.distributed.types import Awaitable
 from torchrec.optim.fused import FusedOptimizerModule
-from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from sseds_rec.slim.widening import Output, PooledWidening, SequenceWidening, Tables
@@ -33,8 +33,15 @@ class SlimModule(FusedOptimizerModule, nn.Module):
     @property
     def fused_optimizer(self) -> CombinedOptimizer:
         """Of what is rebuilt, once it is sharded."""
-        parts = [part for part, _ in self.parts().values() if isinstance(part, FusedOptimizerModule)]
-        return CombinedOptimizer([("", part.fused_optimizer) for part in parts])
+        found = [own for part, _ in self.parts().values() for own in _fused_optimizers(part, "")]
+        return CombinedOptimizer(found)
+
+
+def _fused_optimizers(module: nn.Module, path: str) -> list[tuple[str, KeyedOptimizer]]:
+    if isinstance(module, FusedOptimizerModule):
+        return [(path, module.fused_optimizer)]
+    children = module.named_children()
+    return [own for name, child in children for own in _fused_optimizers(child, f"{path}.{name}".removeprefix("."))]
 
 
 def _hide(module: SlimModule, state: dict[str, Any], prefix: str, metadata: Any) -> None:
