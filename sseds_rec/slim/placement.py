@@ -103,4 +103,4 @@ def _plan(planner: EmbeddingShardingPlanner, model: DistributedModelParallel, tr
     plan, failure = answer
     if failure is not None:
         raise UserError(f"no plan splits the slim tables as those of the model are; give slim() shard= ({failure})")
-    return plan  # type: ignore[no-any-return]
+    return plan

@@ -67,8 +67,11 @@ def transfer(
         device: where this rank's shards are.
 
     Raises:
-        UserError: a tensor is sharded in a way that is not known, or has another size than it would get (names it).
+        UserError: a tensor is a DTensor, or has another size than it would get (names it).
     """
+    for name, value in [*source.items(), *target.items()]:
+        if isinstance(value, DTensor):
+            raise UserError(f"{name} is a DTensor; slim() moves TorchRec's ShardedTensors: use slim_checkpoint")
     for name, new in target.items():
         old = source.get(name)
         if not isinstance(old, (Tensor, ShardedTensor)):
@@ -82,7 +85,7 @@ def transfer(
         if len(expected) == 0 or not (isinstance(old, ShardedTensor) or isinstance(new, ShardedTensor)):
             _copy(old, new, conversion)
         else:
-            _Transfer(_shards(name, old), _shards(name, new), conversion, group, _dtype(old), device).run()
+            _Transfer(_shards(old), _shards(new), conversion, group, _dtype(old), device).run()
 
 
 def _dtype(tensor: Tensor | ShardedTensor) -> torch.dtype:
@@ -187,10 +190,8 @@ class _Transfer:
         shard.values[first - shard.row : last - shard.row] = rows[:, shard.column : shard.column + shard.columns]
 
 
-def _shards(name: str, value: Tensor | ShardedTensor) -> list[_Shard]:
+def _shards(value: Tensor | ShardedTensor) -> list[_Shard]:
     """Who holds which part of a tensor of one or two dimensions."""
-    if isinstance(value, DTensor):
-        raise UserError(f"{name} is a DTensor; slim() moves TorchRec's ShardedTensors: use slim_checkpoint")
     if not isinstance(value, ShardedTensor):
         whole = value if value.dim() == 2 else value[:, None]
         return [_Shard(None, 0, len(whole), 0, whole.shape[1], whole)]

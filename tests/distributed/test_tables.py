@@ -110,7 +110,9 @@ def test_what_cannot_be_searched_is_refused_by_path_and_type(name: str) -> None:
 
 def test_models_without_a_collection_are_refused() -> None:
     model = nn.ModuleList([nn.EmbeddingBag(8, 4), nn.Embedding(8, 4)])
-    with pytest.raises(sr.UserError, match="ModuleList holds no EmbeddingBagCollection: there is nothing to be searched"):
+    with pytest.raises(
+        sr.UserError, match="ModuleList holds no EmbeddingBagCollection: there is nothing to be searched"
+    ):
         sr.score_dimensions(model, [])
 
 

@@ -102,14 +102,17 @@ class _Head(nn.Module):
         self.over = nn.Linear(DIM * len(KEYS), 1).double()
 
     def forward(self, found: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-        found = found.wait() if isinstance(found, LazyAwaitable) else found
         found = found[0] if isinstance(found, tuple) else found
+        found = found.wait() if isinstance(found, LazyAwaitable) else found
         logits = self.over(torch.cat([_column(found, key) for key in KEYS], dim=1)).squeeze(1)
         return F.binary_cross_entropy_with_logits(logits, labels), logits.detach()
 
 
 def _traced(case: Case, types: list[str]) -> DistributedModelParallel:
-    full = _sharded(case, types, _Traced(build(case, "meta")))
+    model = _Traced(build(case, "meta"))
+    if case.kind == "mcec":
+        model.embedding._return_remapped_features = True
+    full = _sharded(case, types, model)
     placed.load(full, {name: own for name, own in weights_of(case).items() if name.startswith("embedding.")})
     fill_maps(full)
     return full.eval()

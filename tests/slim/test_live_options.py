@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchrec.optim
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import LazyAwaitable
+from torchrec.distributed.types import LazyAwaitable, ShardingEnv
 
 import sseds_rec as sr
 from tests.ranks import run_ranks
@@ -192,3 +194,42 @@ def _dropped(name: str, kept: dict[str, list[int]]) -> bool:
     """Whether this is a table of no column."""
     plain = name.removesuffix(".weight").replace(".embedding_bags.", ".").replace(".embeddings.", ".")
     return not kept.get(plain, [0])
+
+
+def _refusals(rank: int, world_size: int) -> dict[str, str]:
+    full = placed.shard(pooled(device="meta"), PLACES)
+    plan = plan_keeping(pooled(), CUTS[0])
+    env = ShardingEnv(world_size, rank, dist.GroupMember.WORLD, output_dtensor=True)
+    tensors = DistributedModelParallel(pooled(device="meta"), env, full.device, full.plan, full.sharders)
+    by_row = {name: "row_wise" for name in PLACES}
+    plain_sharders = placed.shard(pooled(device="meta"), by_row)
+    plain_sharders.sharders = [EmbeddingBagCollectionSharder()]  # which leave row-wise out on CPU
+    other = plan.model_copy(update={"tables": {**plan.tables, "more": plan.tables["first"]}})
+    asked = {
+        "module": (full.module, plan, None),
+        "dtensor": (tensors, plan, None),
+        "unplaced": (plain_sharders, plan, None),
+        "other": (full, other, None),
+        "unsharded": (pooled(), plan, lambda tree: tree),
+    }
+    answers = {}
+    for name, (model, own, shard) in asked.items():
+        try:
+            sr.slim(model, own, shard=shard)
+        except sr.UserError as error:
+            answers[name] = str(error)
+    return answers
+
+
+def test_refusals_are_one_line_on_every_rank() -> None:
+    first, second = run_ranks(2, _refusals)
+    assert first == second and not any("\n" in message for message in first.values())
+    assert first["module"] == "Wrapped holds sharded tables; give slim() the DistributedModelParallel around it"
+    assert first["dtensor"].startswith(
+        "embedding.embedding_bags.first.weight is a DTensor; slim() moves TorchRec's Shar"
+    )
+    assert first["unplaced"].startswith(
+        "no plan splits the slim tables as those of the model are; give slim() shard= (No av"
+    )
+    assert first["other"] == "table more is in the plan only; the plan is of another model"
+    assert first["unsharded"] == "shard= is for a model that is sharded; shard what slim() returns"

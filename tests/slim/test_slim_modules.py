@@ -15,7 +15,7 @@ from torchrec.modules.itep_embedding_modules import ITEPEmbeddingBagCollection, 
 from torchrec.modules.itep_modules import GenericITEPModule
 
 import sseds_rec as sr
-from tests.search.zoo import TABLES, Case, make_batch, plain_model
+from tests.search.zoo import KEYS, TABLES, Case, make_batch, plain_model
 from tests.slim.moves import mask, plan_keeping
 from tests.slim.shared import CUTS, Wrapped, assert_equal, assert_raw, make_features, pooled, sequences
 
@@ -161,3 +161,17 @@ def test_position_weights_of_a_collection_of_processors() -> None:
         slim, masked = sr.slim(model, plan_keeping(model, kept)), copy.deepcopy(model)
         mask(masked, kept)
         assert_equal(slim(make_features()), masked(make_features()))
+
+
+@pytest.mark.parametrize("kind", ["mc", "mcec"])
+def test_remapped_ids_of_the_kept_tables_are_returned(kind: str) -> None:
+    model = plain_model(Case(kind)).eval()
+    model.embedding._return_remapped_features = True
+    slim = sr.slim(model, plan_keeping(model, KEPT))
+    features, _ = make_batch(Case(kind))
+    original, found = model.embedding(features)[1], slim.embedding(features)[1]
+    kept = [feature for feature, table in KEYS.items() if KEPT[table]]
+    assert sorted(found.keys()) == kept
+    for feature in kept:
+        assert torch.equal(found[feature].values(), original[feature].values())
+        assert torch.equal(found[feature].lengths(), original[feature].lengths())
