@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
+from torchrec.distributed.itep_embeddingbag import ITEPEmbeddingBagCollectionSharder
 from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
@@ -38,6 +39,10 @@ class Processed(_Anywhere, FeatureProcessedEmbeddingBagCollectionSharder):
     pass
 
 
+class Pruned(_Anywhere, ITEPEmbeddingBagCollectionSharder):
+    pass
+
+
 def shard(
     model: nn.Module,
     types: Mapping[str, str],
@@ -57,6 +62,7 @@ def shard(
         bags,
         sequences,
         Processed(bags),
+        Pruned(bags),
         ManagedSharder(bags),
         ManagedCollisionEmbeddingCollectionSharder(sequences),
     ]
