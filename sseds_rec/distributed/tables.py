@@ -46,24 +46,24 @@ SEARCHABLE = (
     BaseShardedManagedCollisionEmbeddingCollection,
 )
 
-#: What TorchRec has besides, and what to do instead of searching it. The first that fits counts.
+#: What TorchRec has besides, and what to do instead of searching or slimming it. The first that fits counts.
 _REFUSED: dict[tuple[type, ...], str] = {
     (ShardedQuantEmbeddingModuleState, quantized.EmbeddingBagCollection, quantized.EmbeddingCollection): (
-        "it is quantized, for inference; search the model it was made from"
+        "it is quantized, for inference; take the model it was made from"
     ),
-    (
-        ITEPEmbeddingBagCollection,
-        ITEPEmbeddingCollection,
-        ShardedITEPEmbeddingBagCollection,
-        ShardedITEPEmbeddingCollection,
-    ): "it prunes rows by the forward passes it counts; search the model without it",
+    (ITEPEmbeddingBagCollection, ITEPEmbeddingCollection): (
+        "it prunes rows by the forward passes it counts; take the model without it"
+    ),
+    (ShardedITEPEmbeddingBagCollection, ShardedITEPEmbeddingCollection): (
+        "it prunes rows by the forward passes it counts; search the model without it, and slim it before sharding"
+    ),
     (ShardedEmbeddingTower, ShardedEmbeddingTowerCollection): (
-        "its embeddings never leave the tower's ranks; search the model before sharding"
+        "its embeddings never leave the tower's ranks; take the model before sharding"
     ),
     (FusedEmbeddingBagCollection, FusedEmbeddingCollection): (
         "unsharded, its kernels count steps that cannot be undone; shard it, or use a plain collection"
     ),
-    (PECEmbeddingCollection,): "it compares consecutive batches; search the model with its EmbeddingCollection alone",
+    (PECEmbeddingCollection,): "it compares consecutive batches; take the model with its EmbeddingCollection alone",
     (ShardedEmbeddingBag,): "only the tables of collections are; use an EmbeddingBagCollection",
     (EmbeddingBagCollectionInterface, EmbeddingCollectionInterface, ShardedEmbeddingModule): (
         "only EmbeddingBagCollection, EmbeddingCollection and TorchRec's modules around them can be"
@@ -71,11 +71,18 @@ _REFUSED: dict[tuple[type, ...], str] = {
 }
 
 
-def embedding_modules(model: nn.Module, also: tuple[type[nn.Module], ...] = ()) -> dict[str, nn.Module]:
+def embedding_modules(
+    model: nn.Module, also: tuple[type[nn.Module], ...] = (), purpose: str = "searched"
+) -> dict[str, nn.Module]:
     """Path without wrappers -> every embedding collection of a model that can be searched, plain or sharded, or is in `also`.
 
     These are `EmbeddingBagCollection` and `EmbeddingCollection`. One that belongs to a module which processes or remaps its
     ids first (`FeatureProcessedEmbeddingBagCollection`, managed collision) is not named beside that module.
+
+    Args:
+        model: any module tree.
+        also: other kinds of modules to find.
+        purpose: what is to be done to them, for errors.
 
     Raises:
         UserError: the model has none, or has an embedding module that cannot be searched (named).
@@ -94,34 +101,34 @@ def embedding_modules(model: nn.Module, also: tuple[type[nn.Module], ...] = ()) 
         if path and parent in covered:
             covered.add(path)
         elif isinstance(module, kinds):
-            _check_kernels(plain, module)
+            _check_kernels(plain, module, purpose)
             covered.add(path)
             found[plain] = module
         else:
-            _check_searchable(plain, module)
+            _check_searchable(plain, module, purpose)
     if not found:
-        raise UserError(f"{type(model).__name__} holds no EmbeddingBagCollection: there is nothing to search")
+        raise UserError(f"{type(model).__name__} holds no EmbeddingBagCollection: there is nothing to be {purpose}")
     return found
 
 
-def _check_searchable(path: str, module: nn.Module) -> None:
+def _check_searchable(path: str, module: nn.Module, purpose: str) -> None:
     for kinds, what_to_do in _REFUSED.items():
         if isinstance(module, kinds):
             name = type(module).__name__
-            raise UserError(f"{path or 'the model'}: {name} cannot be searched: {what_to_do}")
+            raise UserError(f"{path or 'the model'}: {name} cannot be {purpose}: {what_to_do}")
 
 
-def _check_kernels(path: str, module: nn.Module) -> None:
+def _check_kernels(path: str, module: nn.Module, purpose: str) -> None:
     """Refuses what holds the shards of a module, if its forward cannot be undone or is wrong."""
     for inner in lookup_modules(module):
         if isinstance(inner, SSDTableBatchedEmbeddingBags):
             raise UserError(
-                f"{path or 'the model'}: tables on SSD or in a key-value store cannot be searched: "
-                "each look-up moves their rows; search the model with its tables in memory"
+                f"{path or 'the model'}: tables on SSD or in a key-value store cannot be {purpose}: "
+                "each look-up moves their rows; take the model with its tables in memory"
             )
         if isinstance(inner, BatchedDenseEmbedding) and inner.emb_module.use_cpu:
             raise UserError(
-                f"{path or 'the model'}: data-parallel tables of an EmbeddingCollection cannot be searched on a CPU: "
+                f"{path or 'the model'}: data-parallel tables of an EmbeddingCollection cannot be {purpose} on a CPU: "
                 "FBGEMM's kernel mixes up their sequences (pytorch/FBGEMM#4586), in training too; shard them otherwise"
             )
 

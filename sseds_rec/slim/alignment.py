@@ -47,6 +47,11 @@ class Alignment(nn.Module):
         )
         self.reset_parameters()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices, and so of what they take."""
+        return next(self.parameters()).dtype
+
     def reset_parameters(self) -> None:
         """The paper's random start. Orthogonal columns keep each embedding's length, whatever its width."""
         for transform in self.transforms.values():

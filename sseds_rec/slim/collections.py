@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torchrec.distributed.types import Awaitable
 from torchrec.optim.fused import FusedOptimizerModule
-from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from sseds_rec.slim.widening import Output, PooledWidening, SequenceWidening, Tables
@@ -41,8 +41,15 @@ class SlimModule(FusedOptimizerModule, nn.Module):
     @property
     def fused_optimizer(self) -> CombinedOptimizer:
         """Of what is rebuilt, once it is sharded."""
-        parts = [part for part, _ in self.parts().values() if isinstance(part, FusedOptimizerModule)]
-        return CombinedOptimizer([("", part.fused_optimizer) for part in parts])
+        found = [own for part, _ in self.parts().values() for own in _fused_optimizers(part, "")]
+        return CombinedOptimizer(found)
+
+
+def _fused_optimizers(module: nn.Module, path: str) -> list[tuple[str, KeyedOptimizer]]:
+    if isinstance(module, FusedOptimizerModule):
+        return [(path, module.fused_optimizer)]
+    children = module.named_children()
+    return [own for name, child in children for own in _fused_optimizers(child, f"{path}.{name}".removeprefix("."))]
 
 
 def _hide(module: SlimModule, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -56,10 +63,15 @@ def _restore(module: SlimModule, state: dict[str, Any], prefix: str, *others: An
     parts = module.parts()
     for name in [name for name in state if name.startswith(prefix) and not name.startswith(own)]:
         inner = name.removeprefix(prefix)
-        for path, (_part, tables) in parts.items():
-            if len(parts) == 1 or any(f".{table}." in f".{inner}." for table in tables):
-                state[f"{prefix}{path}.{inner}"] = state.pop(name)
-                break
+        of_table = [path for path, (_, tables) in parts.items() if any(_is_of(inner, table) for table in tables)]
+        value = state.pop(name)
+        for path in of_table or parts:  # what is of no table, such as a count of passes, each part has
+            state[f"{prefix}{path}.{inner}"] = value
+
+
+def _is_of(name: str, table: str) -> bool:
+    # The latter are buffers of modules that prune rows.
+    return f".{table}." in f".{name}." or f".{table}_itp_" in f".{name}"
 
 
 class SlimEmbeddingBagCollection(SlimModule):
@@ -117,6 +129,7 @@ class SlimEmbeddingCollection(SlimModule):
         self.widening = SequenceWidening(tables, output, need_indices)
         self.need_indices = need_indices
         self._remaps = remaps
+        self.joined = _Joined()
 
     def parts(self) -> Mapping[str, tuple[nn.Module, set[str]]]:
         plans = self.tables.plans.items()
@@ -129,12 +142,16 @@ class SlimEmbeddingCollection(SlimModule):
         self, features: KeyedJaggedTensor
     ) -> dict[str, JaggedTensor] | tuple[dict[str, JaggedTensor], KeyedJaggedTensor | None]:
         """KJT over at least the features of all tables -> key -> JaggedTensor [ids, original D]."""
-        found = [collection(features) for collection in self.collections.values()]
+        found = {width: collection(features) for width, collection in self.collections.items()}
         if not self._remaps:
             return self.widening(found, features)
-        return self.widening([one[0] for one in found], features), _joined([one[1] for one in found])
+        embeddings = {width: one[0] for width, one in found.items()}
+        return self.widening(embeddings, features), self.joined([one[1] for one in found.values()])
 
 
-def _joined(remapped: list[Any]) -> KeyedJaggedTensor | None:
-    parts = [part.wait() if isinstance(part, Awaitable) else part for part in remapped]
-    return KeyedJaggedTensor.concat(parts) if parts and parts[0] is not None else None
+class _Joined(nn.Module):
+    """Remapped ids of several collections -> of all; a module since TorchRec's pipelines cannot trace it."""
+
+    def forward(self, remapped: list[Any]) -> KeyedJaggedTensor | None:
+        parts = [part.wait() if isinstance(part, Awaitable) else part for part in remapped]
+        return KeyedJaggedTensor.concat(parts) if parts and parts[0] is not None else None

@@ -59,10 +59,13 @@ class MassColumns(nn.Module):
         # Not its "safe" form, which waits for the device to check the lengths.
         reduce = partial(torch.segment_reduce, reduce="sum", lengths=lengths, unsafe=True)
         sums = reduce(ids.weights()) if self.is_weighted else lengths.float()
-        own_sums, own_lengths = sums.view(len(names), -1, 1), lengths.view(len(names), -1, 1)
+        own_sums, own_lengths = sums.split(ids.stride_per_key()), lengths.split(ids.stride_per_key())
         masses = {}
         for key, feature in self.features.items():
             i = names.index(feature)
             mass = own_sums[i] / own_lengths[i].clamp(min=1) if key in self.averaged else own_sums[i]
-            masses[key] = mass * self.mean_lengths[key]
+            if ids.variable_stride_per_key():  # rows that repeat are looked up once
+                keys, inverse = ids.inverse_indices()
+                mass = mass[inverse[keys.index(feature)]]
+            masses[key] = mass[:, None] * self.mean_lengths[key]
         return masses

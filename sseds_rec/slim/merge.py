@@ -19,8 +19,8 @@ from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.rotation import Rotation
 from sseds_rec.slim.collections import SlimEmbeddingBagCollection, SlimEmbeddingCollection, SlimModule
 from sseds_rec.slim.columns import Product
+from sseds_rec.slim.placement import shard_alike
 from sseds_rec.slim.rebuild import rebuild
-from sseds_rec.slim.surgery import shard_alike
 from sseds_rec.slim.transfer import fill_rows, transfer
 from sseds_rec.slim.widening import weights_of
 

@@ -79,7 +79,7 @@ def _collection(
 
 
 def _give_optimizers(like: Any, weights: Mapping[str, nn.Parameter], group: dist.ProcessGroup | None) -> None:
-    """Gives the tables the fused optimizers that those of another collection were given."""
+    """Gives the tables the fused optimizers that those of another collection were given, and freezes those that are frozen."""
     if isinstance(like, ShardedModule):
         for name, options in _fused_options(like, group).items():
             if name in weights and "optimizer" in options:
@@ -92,6 +92,8 @@ def _give_optimizers(like: Any, weights: Mapping[str, nn.Parameter], group: dist
         for kind, options in zip(kinds, given, strict=True):
             if name in weights:
                 apply_optimizer_in_backward(kind, [weights[name]], dict(options))
+        if name in weights:
+            weights[name].requires_grad_(table.weight.requires_grad)
 
 
 #: What FBGEMM's kernels take for their optimizers; the rest of a kernel's options is the placement's.

@@ -6,12 +6,12 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
+from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection, get_unwrapped_module
 from torchrec.distributed.types import ShardedModule, ShardedTensor
 
 from sseds_rec.distributed.tables import (
@@ -28,6 +28,7 @@ from sseds_rec.slim.alignment import Init
 from sseds_rec.slim.collections import SlimEmbeddingBagCollection, SlimEmbeddingCollection, SlimModule
 from sseds_rec.slim.columns import row_conversion
 from sseds_rec.slim.offline.entries import conversions
+from sseds_rec.slim.placement import shard_alike
 from sseds_rec.slim.rebuild import MANAGED, PROCESSED, ROW_PRUNED, rebuild
 from sseds_rec.slim.transfer import transfer
 from sseds_rec.slim.widening import Output, Tables, weights_of
@@ -65,15 +66,15 @@ def slim(
             original widths. Needs init="random" if it differs from them.
         raw: return the kept columns as they are, d_i wide and without transform matrices, and no dropped features: for models
             that concatenate. An embedding of a rotated table then has its mass as last column (see `MassColumns`).
-        shard: makes the slim model, on the meta device, a sharded one, as the job makes its model one; by default
-            `DistributedModelParallel` with the sharders, process group and device that `model` was made with.
+        shard: makes the slim model, on the meta device, a sharded one, as the job makes its model one; by default every table
+            is split as its original is, with the sharders, process group and device that `model` was made with.
 
     Raises:
         UserError: the plan is of another model (names the table), a module cannot be rebuilt or its tables not be rotated
             (names it), or options exclude each other.
     """
     output = Output(init, aligned_dim, raw)
-    modules = embedding_modules(model, ROW_PRUNED)
+    modules = embedding_modules(model, ROW_PRUNED, "slimmed")
     _check(model, modules, plan, output, shard)
     names = qualified_tables(modules)
     sharded = any(isinstance(module, ShardedModule) for module in modules.values())
@@ -98,12 +99,23 @@ def slim(
     shapes = {name: value.size() for name, value in state.items() if isinstance(value, (Tensor, ShardedTensor))}
     transfer(
         state,
-        slimmed.state_dict(),
+        _once(slimmed),
         conversions(Path("the model"), shapes, plan),
         model._env.process_group,
         model.device,
     )
     return slimmed
+
+
+def _once(model: nn.Module) -> dict[str, Any]:
+    """The state of a model without what it has at a second path."""
+    seen: set[int] = set()
+    again = []
+    for path, module in get_unwrapped_module(model).named_modules(remove_duplicate=False):
+        if id(module) in seen:
+            again.append(f"{path}.")
+        seen.add(id(module))
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(again))}
 
 
 def check_plan(plan: DimensionPlan, model: nn.Module) -> None:
@@ -112,7 +124,7 @@ def check_plan(plan: DimensionPlan, model: nn.Module) -> None:
     Raises:
         UserError: names the first table that is missing on either side, or whose rows or width differ.
     """
-    _check_tables(plan, plan_tables(embedding_modules(model, ROW_PRUNED)))
+    _check_tables(plan, plan_tables(embedding_modules(model, ROW_PRUNED, "slimmed")))
 
 
 def _check_tables(plan: DimensionPlan, tables: Mapping[str, Table]) -> None:
@@ -134,6 +146,10 @@ def _check(
 ) -> None:
     _check_tables(plan, plan_tables(dict(modules)))
     names = qualified_tables(dict(modules))
+    if output.init not in get_args(Init):
+        raise UserError(f"init={output.init!r}: choose one of {', '.join(get_args(Init))}")
+    if output.aligned_dim is not None and output.aligned_dim < 1:
+        raise UserError(f"aligned_dim={output.aligned_dim}: embeddings have a column at least")
     if output.raw and output.aligned_dim is not None:
         raise UserError(f"raw=True returns the kept columns, aligned_dim={output.aligned_dim} aligns them; choose one")
     for path, module in modules.items():
@@ -155,6 +171,8 @@ def _check(
         raise UserError(
             f"{type(model).__name__} holds sharded tables; give slim() the DistributedModelParallel around it"
         )
+    if isinstance(model, DMPCollection):
+        raise UserError(f"{type(model).__name__} replicates tables over groups of ranks; slim its checkpoint instead")
     if shard is not None and not any(sharded):
         raise UserError("shard= is for a model that is sharded; shard what slim() returns")
 
@@ -178,7 +196,7 @@ def _replacement(
         rebuilt = rebuild(module, kept, on, group) if kept else None
         replacement = SlimEmbeddingBagCollection(rebuilt, tables, output, collection._is_weighted, remaps)
     replacement.widening.to(torch.device("cpu") if on.type == "meta" else on)
-    return replacement
+    return replacement.train(module.training)
 
 
 @torch.no_grad()
@@ -188,8 +206,3 @@ def _fill(module: nn.Module, replacement: SlimModule, tables: Tables) -> None:
         for table, weight in weights_of(part).items():
             conversion = row_conversion(tables.plans[table], tables.rotations.get(table))
             conversion.convert([(0, sources[table])], weight)
-
-
-def shard_alike(model: DistributedModelParallel, tree: nn.Module) -> nn.Module:
-    """A model on the meta device, sharded as another one is, by a plan of its own."""
-    return DistributedModelParallel(tree, env=model._env, device=model.device, sharders=model.sharders)

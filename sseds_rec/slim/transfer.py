@@ -67,8 +67,11 @@ def transfer(
         device: where this rank's shards are.
 
     Raises:
-        UserError: a tensor is sharded in a way that is not known, or has another size than it would get (names it).
+        UserError: a tensor is a DTensor, or has another size than it would get (names it).
     """
+    for name, value in [*source.items(), *target.items()]:
+        if isinstance(value, DTensor):
+            raise UserError(f"{name} is a DTensor; slim() moves TorchRec's ShardedTensors: use slim_checkpoint")
     for name, new in target.items():
         old = source.get(name)
         if not isinstance(old, (Tensor, ShardedTensor)):
@@ -82,13 +85,13 @@ def transfer(
         if len(expected) == 0 or not (isinstance(old, ShardedTensor) or isinstance(new, ShardedTensor)):
             _copy(old, new, conversion)
         else:
-            _Transfer(_shards(name, old), _shards(name, new), conversion, group, _dtype(old), device).run()
+            _Transfer(_shards(old), _shards(new), conversion, group, _dtype(old), device).run()
 
 
 @torch.no_grad()
 def fill_rows(target: Tensor | ShardedTensor, row: Tensor) -> None:
     """Gives every row of a tensor [rows, columns] the same values [columns]."""
-    for shard in _shards("", target):
+    for shard in _shards(target):
         if shard.values is not None:
             shard.values[:] = row[shard.column : shard.column + shard.columns].to(shard.values)
 
@@ -195,10 +198,8 @@ class _Transfer:
         shard.values[first - shard.row : last - shard.row] = rows[:, shard.column : shard.column + shard.columns]
 
 
-def _shards(name: str, value: Tensor | ShardedTensor) -> list[_Shard]:
+def _shards(value: Tensor | ShardedTensor) -> list[_Shard]:
     """Who holds which part of a tensor of one or two dimensions."""
-    if isinstance(value, DTensor):
-        raise UserError(f"{name} is a DTensor; slim() moves TorchRec's ShardedTensors: use slim_checkpoint")
     if not isinstance(value, ShardedTensor):
         whole = value if value.dim() == 2 else value[:, None]
         return [_Shard(None, 0, len(whole), 0, whole.shape[1], whole)]

@@ -5,7 +5,7 @@ These are modules of their own since TorchRec's pipelines trace everything else 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,6 +16,7 @@ from torchrec.distributed.types import Awaitable
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from sseds_rec.distributed.tables import collection_of, is_sequence
 from sseds_rec.search.plan import TablePlan
@@ -46,6 +47,16 @@ class Tables:
             for config, keys in zip(self.configs, names, strict=True)
             for key, feature in zip(keys, config.feature_names, strict=True)
         }
+
+    def renamed(self, tables: Collection[str]) -> dict[str, str]:
+        """Key in a collection of some of the tables -> key here.
+
+        A feature's key names its table where several tables have it, and only one of those may be left.
+        """
+        own = get_embedding_names_by_table([config for config in self.configs if config.name in tables])
+        here = zip(self.configs, get_embedding_names_by_table(self.configs), strict=True)
+        names = [keys for config, keys in here if config.name in tables]
+        return {key: name for keys, same in zip(own, names, strict=True) for key, name in zip(keys, same, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class PooledWidening(nn.Module):
     def __init__(self, tables: Tables, output: Output, is_weighted: bool) -> None:
         super().__init__()
         outputs, plans, rotations = tables.outputs(), tables.plans, tables.rotations
+        self.names = tables.renamed([name for name, own in plans.items() if own.kept])
         self.original = {key: output.aligned_dim or config.embedding_dim for key, (config, _) in outputs.items()}
         # Aligned per original width, since tables of one collection may differ in it.
         order = list(outputs) if output.raw else sorted(outputs, key=self.original.__getitem__)
@@ -111,18 +123,23 @@ class PooledWidening(nn.Module):
     def forward(self, embeddings: KeyedTensor | None, features: KeyedJaggedTensor) -> KeyedTensor:
         """Embeddings over at least the kept tables, None if there are none; ids of at least the rotated ones."""
         if not self.masses.dims:
-            rows, device = features.stride(), features.lengths().device
-            zeros = torch.zeros(rows, 0 if self.raw else sum(self.original.values()), device=device)
+            ids = maybe_td_to_kjt(features, None)
+            width = 0 if self.raw else sum(self.original.values())
+            zeros = torch.zeros(ids.stride(), width, device=ids.lengths().device)
             keys = [] if self.raw else list(self.original)
             return KeyedTensor(keys, [self.original[key] for key in keys], zeros)
+        if embeddings is not None:
+            names = list(map(self.names.__getitem__, embeddings.keys()))
+            embeddings = KeyedTensor(names, embeddings.length_per_key(), embeddings.values())
         kept = self.masses(embeddings, features)
         if self.raw:
             return kept
-        columns = kept.values()
+        columns = kept.values() if embeddings is None else kept.values().to(embeddings.values().dtype)
         aligned: dict[str, Tensor] = {}
-        groups = zip(self.keys.values(), self.alignments.values(), columns.split(self.sizes, dim=1), strict=True)
+        groups = zip(self.keys.values(), self.alignments.values(), kept.values().split(self.sizes, dim=1), strict=True)
         for keys, alignment, group in groups:
-            aligned |= zip(keys, alignment(group).unbind(1), strict=True)
+            own = alignment(group.to(alignment.dtype)).to(columns.dtype)  # kernels may give float16
+            aligned |= zip(keys, own.unbind(1), strict=True)
         values = [
             aligned[key] if key in aligned else columns.new_zeros(columns.shape[0], d)
             for key, d in self.original.items()
@@ -138,34 +155,40 @@ class SequenceWidening(nn.Module):
 
     def __init__(self, tables: Tables, output: Output, need_indices: bool) -> None:
         super().__init__()
-        outputs = tables.outputs()
+        outputs, plans = tables.outputs(), tables.plans
+        widths = {own.stored_dim for own in plans.values() if own.kept}
+        of_width = {width: [name for name, own in plans.items() if own.stored_dim == width] for width in widths}
+        self.names = {str(width): tables.renamed(own) for width, own in of_width.items()}
         self.tables = {key: config.name for key, (config, _) in outputs.items()}
         self.features = {key: feature for key, (_, feature) in outputs.items()}
-        self.dims = {key: tables.plans[name].embedding_dim for key, name in self.tables.items()}
+        self.dims = {key: plans[name].embedding_dim for key, name in self.tables.items()}
         self.width = output.aligned_dim or tables.configs[0].embedding_dim
         self.raw, self.need_indices = output.raw, need_indices
         kept = {key: d for key, d in self.dims.items() if d}
         self.alignment = None
         if kept and not output.raw:
             self.alignment = Alignment(kept, self.width, {key: self.tables[key] for key in kept})
-            self.alignment.start(output.init, {name: own.kept for name, own in tables.plans.items()}, {})
+            self.alignment.start(output.init, {name: own.kept for name, own in plans.items()}, {})
 
     def transforms(self) -> dict[str, Tensor]:
         """Table -> M [D, d_i], of the tables that have one."""
         return dict(self.alignment.transforms.items()) if self.alignment is not None else {}
 
-    def forward(self, found: list[Any], features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        """What the collections of one width each return, and the ids of at least the dropped tables."""
+    def forward(self, found: Mapping[str, Any], features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """Stored width -> what the collection of its tables returns, and the ids of at least the dropped tables."""
         embeddings: dict[str, JaggedTensor] = {}
-        for own in found:
-            embeddings |= own.wait() if isinstance(own, Awaitable) else own
+        for width, own in found.items():
+            looked_up = own.wait() if isinstance(own, Awaitable) else own
+            embeddings |= {self.names[width][key]: value for key, value in looked_up.items()}
+        features = maybe_td_to_kjt(features, None)
         result = {}
         for key, d in self.dims.items():
             if d:
                 own = embeddings[key]
                 values = own.values()[:, :d]
                 if self.alignment is not None:
-                    values = values @ self.alignment.transforms[self.tables[key]].T
+                    transform = self.alignment.transforms[self.tables[key]]
+                    values = (values.to(transform.dtype) @ transform.T).to(values.dtype)  # kernels may give float16
             elif self.raw:
                 continue
             else:

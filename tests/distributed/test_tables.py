@@ -66,7 +66,7 @@ def _bare(kind: type[nn.Module]) -> nn.Module:
 MADE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "quantized": (
         lambda: quantize_embeddings(nn.ModuleList([_bags()]), torch.qint8, inplace=False)[0],
-        "EmbeddingBagCollection cannot be searched: it is quantized, for inference; search the model it was made from",
+        "EmbeddingBagCollection cannot be searched: it is quantized, for inference; take the model it was made from",
     ),
     "sharded quantized": (lambda: _bare(ShardedQuantEmbeddingBagCollection), "it is quantized"),
     "pruned rows": (
@@ -80,7 +80,7 @@ MADE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sharded pruned rows": (lambda: _bare(ShardedITEPEmbeddingBagCollection), "it prunes rows"),
     "sharded tower": (
         lambda: _bare(ShardedEmbeddingTower),
-        "its embeddings never leave the tower's ranks; search the model before sharding",
+        "its embeddings never leave the tower's ranks; take the model before sharding",
     ),
     "fused": (
         lambda: FusedEmbeddingBagCollection(_bags().embedding_bag_configs(), RowWiseAdagrad, {"lr": 0.1}, device=CPU),
@@ -111,7 +111,9 @@ def test_what_cannot_be_searched_is_refused_by_path_and_type(name: str) -> None:
 
 def test_models_without_a_collection_are_refused() -> None:
     model = nn.ModuleList([nn.EmbeddingBag(8, 4), nn.Embedding(8, 4)])
-    with pytest.raises(sr.UserError, match="ModuleList holds no EmbeddingBagCollection: there is nothing to search"):
+    with pytest.raises(
+        sr.UserError, match="ModuleList holds no EmbeddingBagCollection: there is nothing to be searched"
+    ):
         sr.score_dimensions(model, [])
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
+from torchrec.distributed.itep_embeddingbag import ITEPEmbeddingBagCollectionSharder
 from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
@@ -38,8 +39,17 @@ class Processed(_Anywhere, FeatureProcessedEmbeddingBagCollectionSharder):
     pass
 
 
-def shard(model: nn.Module, types: Mapping[str, str], local: int | None = None) -> DistributedModelParallel:
-    """Splits the tables as `types` says, on CPU; `local` ranks are one machine."""
+class Pruned(_Anywhere, ITEPEmbeddingBagCollectionSharder):
+    pass
+
+
+def shard(
+    model: nn.Module,
+    types: Mapping[str, str],
+    local: int | None = None,
+    fused_params: dict[str, Any] | None = None,
+) -> DistributedModelParallel:
+    """Splits the tables as `types` says, on CPU; `local` ranks are one machine, and `fused_params` go to all tables."""
     constraints = {
         table: ParameterConstraints(
             sharding_types=[kind], compute_kernels=["dense" if kind == "data_parallel" else "fused"], min_partition=4
@@ -47,13 +57,14 @@ def shard(model: nn.Module, types: Mapping[str, str], local: int | None = None) 
         for table, kind in types.items()
     }
     topology = Topology(world_size=dist.get_world_size(), local_world_size=local, compute_device="cpu")
-    bags = Bags()
+    bags, sequences = Bags(fused_params=fused_params), Sequences(fused_params=fused_params)
     sharders: Any = [
         bags,
-        Sequences(),
+        sequences,
         Processed(bags),
+        Pruned(bags),
         ManagedSharder(bags),
-        ManagedCollisionEmbeddingCollectionSharder(Sequences()),
+        ManagedCollisionEmbeddingCollectionSharder(sequences),
     ]
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
     plan = planner.collective_plan(model, sharders, dist.GroupMember.WORLD)

@@ -16,7 +16,7 @@ from sseds_rec.slim.columns import KeepColumns, Product, RowConversion, coordina
 KINDS = ("embedding_bags", "embeddings")
 
 #: The collection inside a module that processes or remaps its ids.
-_INNER = ("", "_embedding_module.", "_embedding_bag_collection.")
+_INNER = ("", "_embedding_module.", "_embedding_bag_collection.", "_embedding_collection.")
 
 #: What an optimizer keeps of each weight: running means of gradients, and sums or running means of their squares.
 _MEANS = {"exp_avg", "momentum_buffer"}
