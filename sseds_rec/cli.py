@@ -129,6 +129,8 @@ def slim(
     elif processes:
         raise UserError("--processes goes with --plan: sseds slim SRC DST --plan plan.json")
     else:
+        if Path(config).is_dir():
+            raise UserError(f"{config}: is a folder; to convert a checkpoint: sseds slim SRC DST --plan plan.json")
         _run_stage("slim", _config(config, overrides, paper), run_dir, rerun, as_json)
 
 

@@ -55,7 +55,7 @@ _REFUSED: dict[tuple[type, ...], str] = {
         "it prunes rows by the forward passes it counts; take the model without it"
     ),
     (ShardedITEPEmbeddingBagCollection, ShardedITEPEmbeddingCollection): (
-        "it prunes rows by the forward passes it counts; search the model without it, and slim it before sharding"
+        "it prunes rows by the forward passes it counts; search the model without it; to slim it, convert its checkpoint"
     ),
     (ShardedEmbeddingTower, ShardedEmbeddingTowerCollection): (
         "its embeddings never leave the tower's ranks; take the model before sharding"

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from sseds_rec.distributed.checkpoint import read_checkpoint_metadata
 from sseds_rec.distributed.runtime import ALONE, Runtime
 from sseds_rec.errors import UserError
 from sseds_rec.search.plan import DimensionPlan
@@ -61,7 +62,7 @@ def slim_checkpoint(
         collective: whether all ranks of the default process group make this call, with the same arguments and a common file
             system; each then converts its share of a folder, on as many nodes as they are on, and `processes` is not used.
         on_progress: called at the start, and after every part of about a gigabyte that this process makes, with how many parts
-            are done, by all processes, and how many there are.
+            are done, by all processes, and how many there are; of several ranks, on the first.
 
     Returns:
         `dst`.
@@ -113,7 +114,8 @@ def _slim_folder(
             missing, parts = job.missing, len(job.conversion.parts)
 
             def report() -> None:
-                on_progress(parts - len(job.missing), parts)
+                if place.is_main:  # counting them asks the file system for each
+                    on_progress(parts - len(job.missing), parts)
 
             report()
             if place.world_size > 1:
@@ -156,6 +158,8 @@ def _check_destination(src: Path, dst: Path) -> None:
         raise UserError(f"{dst}: name the folder or file to make")
     if dst.exists() and (src.is_file() or not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: exists already; remove it or choose another")
+    if not src.is_file():
+        read_checkpoint_metadata(src)  # before anything is made beside DST
     if src.resolve() in dst.resolve().parents:
         raise UserError(f"{dst}: is inside of {src}, which is only read; choose another place")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torchrec.distributed.types import Awaitable
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.optim.fused import FusedOptimizerModule
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
@@ -37,6 +39,18 @@ class SlimModule(FusedOptimizerModule, nn.Module):
     @abstractmethod
     def parts(self) -> Mapping[str, tuple[nn.Module, set[str]]]:
         """Path within this module -> what is rebuilt there, and the tables it has."""
+
+    def configs_returned(self) -> list[EmbeddingBagConfig]:
+        """The original tables, as wide as what is returned; of raw output the kept ones."""
+        plans, rotations = self.tables.plans, self.tables.rotations
+        found = []
+        for config in self.tables.configs:
+            width = self.output.aligned_dim or config.embedding_dim
+            if self.output.raw:
+                width = plans[config.name].embedding_dim + (config.name in rotations)
+            if width:
+                found.append(replace(config, embedding_dim=width))
+        return found
 
     @property
     def fused_optimizer(self) -> CombinedOptimizer:
@@ -94,12 +108,20 @@ class SlimEmbeddingBagCollection(SlimModule):
         super().__init__(tables, output)
         self.collection = collection
         self.widening = PooledWidening(tables, output, is_weighted)
-        self.is_weighted = is_weighted
+        self._is_weighted = is_weighted
         self._remaps = remaps
 
     def parts(self) -> Mapping[str, tuple[nn.Module, set[str]]]:
         names = set(self.tables.plans)
         return {"collection": (self.collection, names)} if self.collection is not None else {}
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """Tables as they look from outside: models ask for the widths of what is returned."""
+        return self.configs_returned()
+
+    def is_weighted(self) -> bool:
+        """Whether ids come with weights."""
+        return self._is_weighted
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor | tuple[KeyedTensor, KeyedJaggedTensor | None]:
         """KJT over at least the kept and the rotated features -> KeyedTensor [B, Σ original D], keys in the original order."""
@@ -127,7 +149,7 @@ class SlimEmbeddingCollection(SlimModule):
         super().__init__(tables, output)
         self.collections = nn.ModuleDict({str(width): collection for width, collection in collections.items()})
         self.widening = SequenceWidening(tables, output, need_indices)
-        self.need_indices = need_indices
+        self._need_indices = need_indices
         self._remaps = remaps
         self.joined = _Joined()
 
@@ -137,6 +159,18 @@ class SlimEmbeddingCollection(SlimModule):
             f"collections.{width}": (own, {name for name, plan in plans if plan.stored_dim == int(width)})
             for width, own in self.collections.items()
         }
+
+    def embedding_configs(self) -> list[EmbeddingBagConfig]:
+        """Tables as they look from outside."""
+        return self.configs_returned()
+
+    def embedding_dim(self) -> int:
+        """Width of what is returned; if it is raw, of the original."""
+        return self.output.aligned_dim or self.tables.configs[0].embedding_dim
+
+    def need_indices(self) -> bool:
+        """Whether ids are returned beside embeddings."""
+        return self._need_indices
 
     def forward(
         self, features: KeyedJaggedTensor

@@ -81,6 +81,13 @@ class Product(RowConversion):
         self.matrix = matrix.double()
         self.constant = self.matrix.new_zeros(matrix.shape[1]) if constant is None else constant.double()
 
+    def convert(self, parts: Iterable[tuple[int, Tensor]], target: Tensor) -> None:
+        held = list(parts)
+        if len(held) == 1 and held[0][1].shape[1] == len(self.needs):
+            self.finish(held[0][1], target)  # nothing to gather
+        else:
+            super().convert(held, target)
+
     def room(self, target: Tensor) -> Tensor:
         return target.new_empty(len(target), len(self.needs))
 

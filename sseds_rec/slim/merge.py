@@ -42,7 +42,8 @@ def merge(model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None = Non
             had processing of their ids that is gone (names it).
     """
     slims = _slim_modules(model)
-    sharded = any(isinstance(part, ShardedModule) for own in slims.values() for part, _ in own.parts().values())
+    parts = [part for own in slims.values() for part, _ in own.parts().values()]
+    sharded = isinstance(model, DistributedModelParallel) or any(isinstance(part, ShardedModule) for part in parts)
     if sharded and not isinstance(model, DistributedModelParallel):
         raise UserError(
             f"{type(model).__name__} holds sharded tables; give merge() the DistributedModelParallel around it"
@@ -56,7 +57,7 @@ def merge(model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None = Non
         memo[id(own)] = plain = _plain(own, torch.device("meta") if sharded else _device(own), group)
         if not sharded:
             _fill(own, plain)
-    if not isinstance(model, DistributedModelParallel) or not sharded:
+    if not isinstance(model, DistributedModelParallel):
         return copy.deepcopy(model, memo)
     tree = copy.deepcopy(get_unwrapped_module(model), memo)
     merged = shard(tree) if shard is not None else shard_alike(model, tree)
@@ -66,7 +67,7 @@ def merge(model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None = Non
         for path, own in slims.items()
         for table, product in _products(own).items()
         for name in state
-        if name.startswith(f"{path}.") and name.endswith(f".{table}.weight")
+        if name.startswith(f"{path}." if path else "") and name.endswith(f".{table}.weight")
     }
     transfer(model.state_dict(), state, conversions, group, model.device)
     for name in conversions.keys() - model.state_dict().keys():
@@ -141,8 +142,9 @@ def _plain(module: SlimModule, device: torch.device, group: dist.ProcessGroup | 
     if parts:
         return rebuild(parts[0], configs, device, group)
     if isinstance(module, SlimEmbeddingBagCollection):
-        return EmbeddingBagCollection(configs, module.is_weighted, device)
-    return EmbeddingCollection(configs, device, module.need_indices)
+        return EmbeddingBagCollection(configs, module.is_weighted(), device)
+    assert isinstance(module, SlimEmbeddingCollection)
+    return EmbeddingCollection(configs, device, module.need_indices())
 
 
 @torch.no_grad()

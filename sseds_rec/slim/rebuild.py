@@ -111,6 +111,9 @@ def _fused_options(collection: nn.Module, group: dist.ProcessGroup | None) -> di
         config = getattr(lookup, "_config", None)
         if isinstance(config, GroupedEmbeddingConfig):
             options = {key: value for key, value in (config.fused_params or {}).items() if key in _OPTIMIZER_OPTIONS}
+            optimizer = getattr(lookup, "fused_optimizer", None)
+            if optimizer is not None and "learning_rate" in options:
+                options["learning_rate"] = optimizer.param_groups[0]["lr"]  # as a schedule has left it
             own |= {table.name: options for table in config.embedding_tables}
     everywhere = [own]
     if group is not None and dist.get_world_size(group) > 1:

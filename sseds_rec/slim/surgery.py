@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection, get_unwrapped_module
 from torchrec.distributed.types import ShardedModule, ShardedTensor
 
@@ -86,6 +87,7 @@ def slim(
             configs,
             {c.name: plan.tables[names[path, c.name]] for c in configs},
             {c.name: own for c in configs if (own := plan.rotations.get(names[path, c.name])) is not None},
+            _order(module),
         )
         on = torch.device("meta") if sharded else next(iter(weights_of(module).values())).device
         memo[id(module)] = replacement = _replacement(module, tables, output, on, group)
@@ -95,6 +97,7 @@ def slim(
         return copy.deepcopy(model, memo)
     tree = copy.deepcopy(get_unwrapped_module(model), memo)
     slimmed = shard(tree) if shard is not None else shard_alike(model, tree)
+    slimmed.training = model.training
     state = model.state_dict()
     shapes = {name: value.size() for name, value in state.items() if isinstance(value, (Tensor, ShardedTensor))}
     transfer(
@@ -105,6 +108,12 @@ def slim(
         model.device,
     )
     return slimmed
+
+
+def _order(module: nn.Module) -> list[str]:
+    """Keys as a sharded module orders them, by its sharding plan; none of others, which go by their tables."""
+    collection: Any = collection_of(module)
+    return list(collection._embedding_names) if isinstance(collection, ShardedEmbeddingBagCollection) else []
 
 
 def _once(model: nn.Module) -> dict[str, Any]:

@@ -5,7 +5,7 @@ These are modules of their own since TorchRec's pipelines trace everything else 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -33,20 +33,24 @@ class Tables:
         configs: the original tables.
         plans: original table name -> its plan.
         rotations: original table name -> its rotation, of those that are rotated.
+        order: keys in the order in which the original returns them, if it is not that of its tables: a sharded
+            EmbeddingBagCollection orders them by its sharding plan.
     """
 
     configs: list[EmbeddingBagConfig]
     plans: Mapping[str, TablePlan]
     rotations: Mapping[str, Rotation]
+    order: Sequence[str] = ()
 
     def outputs(self) -> dict[str, tuple[EmbeddingBagConfig, str]]:
         """Key -> table and feature, of everything that the original returns, in its order."""
         names = get_embedding_names_by_table(self.configs)
-        return {
+        found = {
             key: (config, feature)
             for config, keys in zip(self.configs, names, strict=True)
             for key, feature in zip(keys, config.feature_names, strict=True)
         }
+        return {key: found[key] for key in self.order} if self.order else found
 
     def renamed(self, tables: Collection[str]) -> dict[str, str]:
         """Key in a collection of some of the tables -> key here.

@@ -7,6 +7,7 @@ checkpoint and the plan alone, so that any process can make any part.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,8 @@ _CHUNK_BYTES = 64 << 20
 _SOURCE_BYTES, _PART_BYTES = 512 << 20, 1 << 30
 #: What a record takes besides its numbers, at most.
 _OVERHEAD = 4096
+#: What parts consist of follows from these.
+CUTS = (_CHUNK_BYTES, _SOURCE_BYTES, _PART_BYTES)
 
 
 @dataclass(frozen=True)
@@ -124,30 +127,35 @@ class DcpConversion:
         Raises:
             UserError: what it is made from is damaged.
         """
-        written = []
-        with open(path, "wb") as file:
+        written: list[Future[WrittenItem]] = []
+        # One record is written while the rows of the next are converted.
+        with open(path, "wb") as file, ThreadPoolExecutor(1) as writer:
             for item in items:
-                position, name = file.tell(), item.index.fqn
-                offset = None if item.index.offset is None else list(item.index.offset)
-                checksums: list[Checksum] = []
-                info = None
-                if item.source is None:
-                    rows, checksums = self._converted(name, *item.rows)
-                    torch.save(rows, file)
-                else:
-                    info = self.metadata.storage_data[item.source]
-                    self._copy_record(info, name, file, path)
-                written.append(
-                    WrittenItem(
-                        name=name,
-                        offset=offset,
-                        position=position,
-                        length=file.tell() - position,
-                        transforms=None if info is None else info.transform_descriptors,
-                        checksums=[(c.chunk, c.start, c.stop, c.value) for c in checksums],
-                    )
-                )
-        return written
+                converted = self._converted(item.index.fqn, *item.rows) if item.source is None else None
+                for before in written[-1:]:
+                    before.result()
+                written.append(writer.submit(self._write_item, item, converted, file, path))
+        return [own.result() for own in written]
+
+    def _write_item(
+        self, item: Item, converted: tuple[Tensor, list[Checksum]] | None, file: IO[bytes], path: Path
+    ) -> WrittenItem:
+        position, name = file.tell(), item.index.fqn
+        rows, checksums = converted if converted is not None else (None, [])
+        info = None
+        if rows is not None:
+            torch.save(rows, file)
+        else:
+            info = self.metadata.storage_data[item.source]
+            self._copy_record(info, name, file, path)
+        return WrittenItem(
+            name=name,
+            offset=None if item.index.offset is None else list(item.index.offset),
+            position=position,
+            length=file.tell() - position,
+            transforms=None if info is None else info.transform_descriptors,
+            checksums=[(c.chunk, c.start, c.stop, c.value) for c in checksums],
+        )
 
     def _copy_record(self, info: _StorageInfo, name: str, file: IO[bytes], path: Path) -> None:
         position = file.tell()

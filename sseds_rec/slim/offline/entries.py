@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from sseds_rec.slim.columns import KeepColumns, Product, RowConversion, coordina
 #: What TorchRec calls the tables of an EmbeddingBagCollection and of an EmbeddingCollection in state dicts.
 KINDS = ("embedding_bags", "embeddings")
 
-#: The collection inside a module that processes or remaps its ids.
-_INNER = ("", "_embedding_module.", "_embedding_bag_collection.", "_embedding_collection.")
+#: A collection inside a module that processes or remaps its ids, and the maps beside it.
+_INNER = {"_embedding_module", "_embedding_bag_collection", "_embedding_collection", "_managed_collision_collection"}
+_ID_MAPS = "_managed_collision_modules"
 
 #: What an optimizer keeps of each weight: running means of gradients, and sums or running means of their squares.
 _MEANS = {"exp_avg", "momentum_buffer"}
@@ -25,17 +27,24 @@ _SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg"}
 
 def entries_by_table(names: Iterable[str], plan: DimensionPlan) -> dict[str, str]:
     """Entry -> table of the plan, for every entry at or below a table's weight, and of its map of raw ids."""
-    names = list(names)
-    found: dict[str, str] = {}
+    modules: dict[str, list[str]] = {}  # table without path -> paths of the modules that have one, longest first
     for table in plan.tables:
         module, _, own = table.rpartition(".")
-        keys = [f".{kind}.{table}.weight." for kind in KINDS]
-        if module:
-            keys += [f".{module}.{inner}{kind}.{own}.weight." for inner in _INNER for kind in KINDS]
-        # Of a managed collision collection the maps from ids to rows, which go with a dropped table.
-        keys.append(f"._managed_collision_modules.{table}.")
-        keys.append(f".{module}._managed_collision_collection._managed_collision_modules.{own}.")
-        found |= {name: table for name in names if any(key in f".{name}." for key in keys)}
+        modules.setdefault(own, []).append(module)
+    for paths in modules.values():
+        paths.sort(key=len, reverse=True)
+    found: dict[str, str] = {}
+    for name in names:
+        parts = name.split(".")
+        for at, (kind, own) in enumerate(pairwise(parts)):
+            if own not in modules or not (kind == _ID_MAPS or (kind in KINDS and parts[at + 2 : at + 3] == ["weight"])):
+                continue
+            holder = parts[: at - 1] if at and parts[at - 1] in _INNER else parts[:at]
+            path = f".{'.'.join(holder)}"
+            # A collection at a.b.ebc may stand beside one at ebc.
+            fitting = [module for module in modules[own] if not module or path.endswith(f".{module}")]
+            if fitting:
+                found[name] = f"{fitting[0]}.{own}" if fitting[0] else own
     return found
 
 

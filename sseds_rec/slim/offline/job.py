@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json, write_json
 from sseds_rec.search.plan import DimensionPlan
+from sseds_rec.slim.offline import dcp
 from sseds_rec.slim.offline.dcp import DcpConversion, WrittenItem
 from sseds_rec.slim.offline.stored import sync
 
@@ -76,7 +77,7 @@ class Job:
         """The job that another process began.
 
         Raises:
-            UserError: the checkpoint is not the one that it began with.
+            UserError: see `DcpConversion`.
         """
         record = _Record.model_validate(read_json(folder / _JOB))
         return cls(folder, DcpConversion(Path(record.src), DimensionPlan.load(folder / _PLAN)))
@@ -170,8 +171,9 @@ def _data_file(part: int) -> str:
 
 
 def _digest(src: Path, plan: DimensionPlan) -> str:
-    """Of the metadata of a checkpoint, which names its save, of its files' sizes and times, and of the plan."""
+    """Of a checkpoint's metadata, which names its save, of its files' sizes and times, of the plan, and of how parts are cut."""
     digest = xxhash.xxh3_64()
+    digest.update(repr(dcp.CUTS).encode())
     digest.update((src / ".metadata").read_bytes())
     for path in sorted(src.glob("*.distcp")):
         stat = path.stat()

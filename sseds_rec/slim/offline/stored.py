@@ -120,7 +120,7 @@ class StoredTensor:
         blocks = [(begin, min(begin + rows, stop)) for begin in range(start, stop, rows)]
         checksums = dict.fromkeys(found, 0)
         target = torch.empty(stop - start, conversion.width, dtype=self.dtype)
-        with contextlib.ExitStack() as held:
+        with _one_thread(), contextlib.ExitStack() as held:
             handles = {index: held.enter_context(opened(chunk.path)) for index, chunk in found.items()}
             # Two windows a chunk: while one is converted, the other is filled.
             windows = {index: [Window(rows * c.row_bytes) for _ in blocks[:2]] for index, c in found.items()}
@@ -160,6 +160,17 @@ class StoredTensor:
                 total = joined(total, part.value, (part.stop - part.start) * chunk.row_bytes)
             if chunk.checksum is not None and total != chunk.checksum:
                 raise damaged(chunk.path, f"the bytes of {self.name} are not those that were saved")
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Has torch compute on one core: blocks are small, and the other cores have a reader or another process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
