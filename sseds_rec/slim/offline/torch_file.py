@@ -73,8 +73,8 @@ def read(path: Path) -> TorchFile:
     except Exception as error:  # a damaged file, or one of another format, can fail in any way
         # (Its own message may advise to load it unsafely.)
         raise UserError(
-            f"{path}: torch.load(weights_only=True) does not read it ({type(error).__name__}); give a state dict in torch's zip format, "
-            ".safetensors or a checkpoint folder"
+            f"{path}: torch.load(weights_only=True) does not read it ({type(error).__name__}); give a state dict in torch's "
+            "zip format, .safetensors or a checkpoint folder"
         ) from None
     return TorchFile(path, tree, {name: _content(tensor, checksums) for name, _, _, tensor in _tensors(tree)})
 
