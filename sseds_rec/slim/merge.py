@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -19,13 +18,13 @@ from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.rotation import Rotation
 from sseds_rec.slim.collections import SlimEmbeddingBagCollection, SlimEmbeddingCollection, SlimModule
 from sseds_rec.slim.columns import Product
-from sseds_rec.slim.placement import shard_alike
+from sseds_rec.slim.placement import Shard, check_shard, shard_alike
 from sseds_rec.slim.rebuild import rebuild
 from sseds_rec.slim.transfer import fill_rows, transfer
 from sseds_rec.slim.widening import weights_of
 
 
-def merge(model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
+def merge(model: nn.Module, shard: Shard | None = None) -> nn.Module:
     """A copy of a slim model with plain collections that return the same: rows v_i become M_i v_i (+ the bias of rotated ones).
 
     All tables have the width that the slim collections return, and dropped ones are there again, with rows of zeros (or of
@@ -44,12 +43,7 @@ def merge(model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None = Non
     slims = _slim_modules(model)
     parts = [part for own in slims.values() for part, _ in own.parts().values()]
     sharded = isinstance(model, DistributedModelParallel) or any(isinstance(part, ShardedModule) for part in parts)
-    if sharded and not isinstance(model, DistributedModelParallel):
-        raise UserError(
-            f"{type(model).__name__} holds sharded tables; give merge() the DistributedModelParallel around it"
-        )
-    if shard is not None and not sharded:
-        raise UserError("shard= is for a model that is sharded; shard what merge() returns")
+    check_shard(model, sharded, shard, "merge")
     group = model._env.process_group if isinstance(model, DistributedModelParallel) else None
     memo: dict[int, nn.Module] = {}
     for path, own in slims.items():
@@ -61,7 +55,7 @@ def merge(model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None = Non
         return copy.deepcopy(model, memo)
     tree = copy.deepcopy(get_unwrapped_module(model), memo)
     merged = shard(tree) if shard is not None else shard_alike(model, tree)
-    state = merged.state_dict()
+    before, state = model.state_dict(), merged.state_dict()
     conversions = {
         name: product
         for path, own in slims.items()
@@ -69,8 +63,8 @@ def merge(model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None = Non
         for name in state
         if name.startswith(f"{path}." if path else "") and name.endswith(f".{table}.weight")
     }
-    transfer(model.state_dict(), state, conversions, group, model.device)
-    for name in conversions.keys() - model.state_dict().keys():
+    transfer(before, state, conversions, group, model.device)
+    for name in conversions.keys() - before.keys():
         fill_rows(state[name], conversions[name].constant)
     return merged
 

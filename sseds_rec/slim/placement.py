@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -22,6 +23,22 @@ from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import topology
 from sseds_rec.distributed.tables import table_configs
 from sseds_rec.errors import UserError
+
+Shard = Callable[[nn.Module], nn.Module]
+
+
+def check_shard(model: nn.Module, sharded: bool, shard: Shard | None, verb: str) -> None:
+    """Refuses sharded tables without their `DistributedModelParallel`, and a way to shard what is not sharded.
+
+    Raises:
+        UserError: see above.
+    """
+    if sharded and not isinstance(model, DistributedModelParallel):
+        raise UserError(
+            f"{type(model).__name__} holds sharded tables; give {verb}() the DistributedModelParallel around it"
+        )
+    if shard is not None and not sharded:
+        raise UserError(f"shard= is for a model that is sharded; shard what {verb}() returns")
 
 
 def shard_alike(model: DistributedModelParallel, tree: nn.Module) -> DistributedModelParallel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,12 +29,10 @@ from sseds_rec.slim.alignment import Init
 from sseds_rec.slim.collections import SlimEmbeddingBagCollection, SlimEmbeddingCollection, SlimModule
 from sseds_rec.slim.columns import row_conversion
 from sseds_rec.slim.offline.entries import conversions
-from sseds_rec.slim.placement import shard_alike
+from sseds_rec.slim.placement import Shard, check_shard, shard_alike
 from sseds_rec.slim.rebuild import MANAGED, PROCESSED, ROW_PRUNED, rebuild
 from sseds_rec.slim.transfer import transfer
 from sseds_rec.slim.widening import Output, Tables, weights_of
-
-Shard = Callable[[nn.Module], nn.Module]
 
 
 def slim(
@@ -104,7 +102,7 @@ def slim(
         state,
         _once(slimmed),
         conversions(Path("the model"), shapes, plan),
-        model._env.process_group,
+        group,
         model.device,
     )
     return slimmed
@@ -175,15 +173,9 @@ def _check(
                     f"{where}: the plan rotates table {name}, which is possible in a plain EmbeddingBagCollection only; "
                     "search with criterion='ggn'"
                 )
-    sharded = [isinstance(module, ShardedModule) for module in modules.values()]
-    if any(sharded) and not isinstance(model, DistributedModelParallel):
-        raise UserError(
-            f"{type(model).__name__} holds sharded tables; give slim() the DistributedModelParallel around it"
-        )
+    check_shard(model, any(isinstance(module, ShardedModule) for module in modules.values()), shard, "slim")
     if isinstance(model, DMPCollection):
         raise UserError(f"{type(model).__name__} replicates tables over groups of ranks; slim its checkpoint instead")
-    if shard is not None and not any(sharded):
-        raise UserError("shard= is for a model that is sharded; shard what slim() returns")
 
 
 def _replacement(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from sseds_rec.files import read_json, write_json
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.slim.offline import dcp
 from sseds_rec.slim.offline.dcp import DcpConversion, WrittenItem
-from sseds_rec.slim.offline.stored import sync
+from sseds_rec.slim.offline.stored import check_room, sync
 
 _JOB, _PLAN = "job.json", "plan.json"
 _ITEMS = TypeAdapter(list[WrittenItem])
@@ -158,12 +157,7 @@ class Job:
     def _check_room(self) -> None:
         parent = next(path for path in self.folder.absolute().parents if path.exists())
         parts = self.conversion.parts
-        needed = sum(item.size for part in self.missing for item in parts[part])
-        free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise UserError(
-                f"{parent}: the slim checkpoint needs {needed:,} bytes, and {free:,} are free; choose another place or free some"
-            )
+        check_room(parent, sum(item.size for part in self.missing for item in parts[part]), "checkpoint")
 
 
 def _data_file(part: int) -> str:

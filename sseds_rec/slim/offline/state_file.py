@@ -3,21 +3,19 @@ time; its tables are what they are in checkpoint folders."""
 
 from __future__ import annotations
 
-import shutil
 import zlib
 from pathlib import Path
 from typing import IO
 
 import torch
 
-from sseds_rec.errors import UserError
 from sseds_rec.files import write_atomic
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.slim.columns import RowConversion
 from sseds_rec.slim.offline import safetensors_file, torch_file
 from sseds_rec.slim.offline.entries import conversions
 from sseds_rec.slim.offline.figures import Figures
-from sseds_rec.slim.offline.stored import Checksum, Content, damaged, read_bytes, sync
+from sseds_rec.slim.offline.stored import Checksum, Content, check_room, damaged, read_bytes, sync
 from sseds_rec.slim.offline.verify import compare
 
 #: Bytes of converted rows that are held at once.
@@ -46,12 +44,7 @@ def _convert(src: Path, temporary: Path, plan: DimensionPlan) -> Figures:
     for name, content in layout.contents.items():
         length = _new_length(content, found.get(name, content))
         lengths[content.position] = max(length, lengths.get(content.position, 0))
-    room = sum(lengths.values())
-    free = shutil.disk_usage(temporary.parent).free
-    if room > free:
-        raise UserError(
-            f"{temporary.parent}: the slim file needs {room:,} bytes, and {free:,} are free; choose another place or free some"
-        )
+    check_room(temporary.parent, sum(lengths.values()), "file")
     target = layout.write(temporary, found)
     written: dict[int, int] = {}  # position -> CRC-32
     read = rows = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -249,6 +250,19 @@ def read_bytes(path: Path, offset: int, length: int) -> Iterator[memoryview]:
                 raise damaged(path, "it ends early")
             offset, length = offset + len(piece), length - len(piece)
             yield piece
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Refuses to write what a disk has too little room for.
+
+    Raises:
+        UserError: names the folder and both sizes.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: the slim {what} needs {needed:,} bytes, and {free:,} are free; choose another place or free some"
+        )
 
 
 def sync(path: Path) -> None:
