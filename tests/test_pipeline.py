@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from sseds_rec.data.schema import Schema
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.pipeline import Pipeline
 from sseds_rec.run_directory import RunDirectory
-from tests.command import Command
+from tests.command import Command, torchrun
 from tests.ranks import run_ranks
 
 Sseds = Callable[..., Command]
@@ -342,22 +341,6 @@ def _losses(run: Path) -> list[float]:
     return [event["loss"] for event in events if event["kind"] == "train"]
 
 
-def _torchrun(ranks: int, *args: object) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        "-m",
-        "sseds_rec",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("table_optimizer", ["adam", "rowwise_adagrad"])
 def test_two_ranks_give_the_same_metrics_as_one_within_noise_and_as_two_exactly(
     config: Path, sseds: Sseds, tmp_path: Path, table_optimizer: str
@@ -367,7 +350,7 @@ def test_two_ranks_give_the_same_metrics_as_one_within_noise_and_as_two_exactly(
         own += [f"train.table_optimizer={table_optimizer}", "train.table_learning_rate=0.05"]
     one = tmp_path / "one"
     assert sseds("run", config, *own, "--run-dir", one).code == 0
-    _torchrun(2, "run", config, *own, "--run-dir", tmp_path / "two")
+    torchrun(2, "run", config, *own, "--run-dir", tmp_path / "two")
     ours, expected = _results(tmp_path / "two"), _results(one)
     for stage in ("pretrain", "retrain"):
         assert ours[stage]["auc"] == pytest.approx(expected[stage]["auc"], abs=0.03)
@@ -385,7 +368,7 @@ def test_two_ranks_give_the_same_metrics_as_one_within_noise_and_as_two_exactly(
 def test_two_ranks_score_a_checkpoint_of_one_as_one_does(finished_run: Path, config: Path, tmp_path: Path) -> None:
     run = tmp_path / "scored"
     shutil.copytree(finished_run, run)
-    _torchrun(2, "search", config, "--run-dir", run, "--rerun")
+    torchrun(2, "search", config, "--run-dir", run, "--rerun")
     with np.load(run / "search/saliency.npz") as ours, np.load(finished_run / "search/saliency.npz") as one:
         for name in one:
             np.testing.assert_allclose(ours[name], one[name], rtol=1e-5, atol=1e-9)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from sseds_rec import cli_slim
-from tests.command import Command
+from tests.command import Command, torchrun
 from tests.slim.checkpoints import (
     TABLES,
     assert_same,
@@ -112,20 +109,7 @@ def test_command_lines_of_neither_form(sseds: Sseds, full: Path, monkeypatch: py
 
 def test_under_torchrun_one_rank_speaks(full: Path) -> None:
     slim, plan = full.with_name("slim"), full.with_name("plan.json")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "sseds_rec",
-    ]
-    run = [*command, "slim", full, slim, "--plan", plan, "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    wrote, line = done.stdout.strip().splitlines()
+    said = torchrun(2, "slim", full, slim, "--plan", plan, "--json")
+    wrote, line = said.strip().splitlines()
     assert wrote.startswith(f"slim: wrote {slim}: 1 parts") and json.loads(line)["parts"] == 1
     assert_same(entries(slim), slim_entries(entries(full)))
