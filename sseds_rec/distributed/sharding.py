@@ -67,8 +67,7 @@ def shard(model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size
     Raises:
         UserError: the tables do not fit this topology under the constraints, or a precision is not one that it sends.
     """
-    bags = BagSharder(qcomm_codecs_registry=_codecs(config.comm_precision, runtime.device))
-    sharders: list[ModuleSharder[nn.Module]] = [bags, ManagedSharder(bags)]
+    sharders = sharders_for(config, runtime.device)
     plan = plan_sharding(model, config, topology(runtime), batch_size, sharders)
     alone = runtime.world_size == 1
     sharded = DistributedModelParallel(
@@ -85,6 +84,12 @@ def shard(model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size
     return sharded
 
 
+def sharders_for(config: ShardingConfig, device: torch.device) -> list[ModuleSharder[nn.Module]]:
+    """What splits our embedding modules on this kind of device."""
+    bags = BagSharder(qcomm_codecs_registry=_codecs(config.comm_precision, device))
+    return [bags, ManagedSharder(bags)]
+
+
 def plan_sharding(
     model: nn.Module, config: ShardingConfig, where: Topology, batch_size: int, sharders: list[ModuleSharder[nn.Module]]
 ) -> ShardingPlan:
@@ -93,7 +98,25 @@ def plan_sharding(
     Raises:
         UserError: no plan fits, or a table of raw ids cannot be split so (names it).
     """
-    constraints = {}
+    constraints = table_constraints(model, config, where)
+    planner = EmbeddingShardingPlanner(topology=where, constraints=constraints, batch_size=batch_size)
+    try:
+        if where.world_size == 1:
+            return planner.plan(model, sharders)
+        return planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+    except PlannerError as error:
+        raise UserError(
+            f"sharding.type={config.type}: no plan fits {where.world_size} x {where.compute_device}: {_first_line(error)}"
+        ) from None
+
+
+def table_constraints(model: nn.Module, config: ShardingConfig, where: Topology) -> dict[str, ParameterConstraints]:
+    """What the planner may choose for each table.
+
+    Raises:
+        UserError: a table of raw ids cannot be split so (names it).
+    """
+    constraints: dict[str, ParameterConstraints] = {}
     for module in embedding_modules(model).values():
         for table in table_configs(module):
             placement: Placement = _row_wise(table, config.type, where) if is_managed(module) else config.type
@@ -104,15 +127,7 @@ def plan_sharding(
                 compute_kernels=[_kernel(placement)],
                 min_partition=max(KERNEL_MULTIPLE, narrowest) if placement == "column_wise" else None,
             )
-    planner = EmbeddingShardingPlanner(topology=where, constraints=constraints, batch_size=batch_size)
-    try:
-        if where.world_size == 1:
-            return planner.plan(model, sharders)
-        return planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
-    except PlannerError as error:
-        raise UserError(
-            f"sharding.type={config.type}: no plan fits {where.world_size} x {where.compute_device}: {_first_line(error)}"
-        ) from None
+    return constraints
 
 
 def topology(runtime: Runtime) -> Topology:

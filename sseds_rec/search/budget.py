@@ -10,27 +10,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from sseds_rec.constants import stored_dim
+from sseds_rec.footprint import STATE_BYTES, STATES, WEIGHT_BYTES, Optimizer, Precision
 from sseds_rec.search.scores import Table
 
 Kind = Literal["parameters", "bytes", "dims"]
-Optimizer = Literal[
-    "sgd", "lars_sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam", "lamb", "partial_rowwise_lamb"
-]
-Precision = Literal["fp32", "fp16", "bf16"]
-
-#: FBGEMM's optimizer states: (as wide as the row, one number a row). They are float32 whatever the weights are.
-_STATES: dict[Optimizer, tuple[int, int]] = {
-    "sgd": (0, 0),
-    "lars_sgd": (1, 0),
-    "adagrad": (1, 0),
-    "rowwise_adagrad": (0, 1),
-    "adam": (2, 0),
-    "partial_rowwise_adam": (1, 1),
-    "lamb": (2, 0),
-    "partial_rowwise_lamb": (1, 1),
-}
-_STATE_BYTES = 4
-_WEIGHT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 #: A transform matrix is dense: float32, with both of Adam's moments.
 _TRANSFORM_BYTES = 12
 _UNITS: dict[Kind, str] = {"parameters": "parameters", "bytes": "bytes", "dims": "columns"}
@@ -108,9 +91,9 @@ class Budget(BaseModel):
         transforms = table.dim * widths if self.transforms else 0
         if self.kind == "parameters":
             return table.rows * widths + transforms
-        wide, single = _STATES[self.optimizer]
-        column = _WEIGHT_BYTES[self.precision] + _STATE_BYTES * wide
-        row = stored_dim(widths) * column + (widths > 0) * (_STATE_BYTES * single)  # type: ignore[arg-type]
+        wide, single = STATES[self.optimizer]
+        column = WEIGHT_BYTES[self.precision] + STATE_BYTES * wide
+        row = stored_dim(widths) * column + (widths > 0) * (STATE_BYTES * single)  # type: ignore[arg-type]
         return table.rows * row + _TRANSFORM_BYTES * transforms
 
     def cost(self, tables: Sequence[Table], dims: Sequence[int]) -> int:
