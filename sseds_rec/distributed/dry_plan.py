@@ -1,0 +1,263 @@
+"""TorchRec's planner for a cluster that is not here, asked as training asks it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
+from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    PlannerError,
+    Proposer,
+    ShardingOption,
+    Stats,
+    Storage,
+    Topology,
+)
+from torchrec.distributed.types import ShardingType
+
+from sseds_rec.distributed.hardware import MARGIN, Cluster, Device
+from sseds_rec.distributed.sharding import sharders_for, table_constraints
+from sseds_rec.distributed.tables import embedding_modules, table_configs
+from sseds_rec.distributed.workload import Workload
+from sseds_rec.footprint import STATE_BYTES, STATES, Optimizer, state_bytes
+
+#: What lies in a device's memory, from the bottom of a picture to its top.
+PARTS = ("weights", "optimizer", "lookups", "dense", "margin")
+
+#: The name by which the planner's estimators of speed are made when nobody asks for one.
+_ESTIMATOR = "default_estimator"
+_FUSED, _DENSE = EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A plan, in what it takes.
+
+    Attributes:
+        cluster: where.
+        memory: part (see `PARTS`) -> bytes in the device's memory, int64 [ranks]. Weights and optimizer states are
+            exact; look-ups (ids, pooled embeddings, caches of tables in host memory) are the planner's estimate.
+        ddr: bytes in host memory, of GPUs' tables that are there, int64 [ranks].
+        step: fwd_compute, fwd_comms, bwd_compute, bwd_comms -> ms a step: the longest rank's in each, by the planner's model.
+        sharding_types, kernels: -> number of tables.
+    """
+
+    cluster: Cluster
+    memory: dict[str, np.ndarray]
+    ddr: np.ndarray
+    step: dict[str, float]
+    sharding_types: dict[str, int]
+    kernels: dict[str, int]
+
+    @property
+    def used(self) -> np.ndarray:
+        """Bytes of the device's memory, margin and all, int64 [ranks]."""
+        return np.sum([self.memory[part] for part in PARTS], axis=0)
+
+
+def place(workload: Workload, cluster: Cluster) -> Placement | None:
+    """The plan that training would use there, or None if the planner finds none that fits.
+
+    Raises:
+        UserError: a table of raw ids cannot be split over so many ranks (names it).
+    """
+    attempt = _Attempt(workload, cluster)
+    return attempt.placement() if attempt.run() else None
+
+
+def fits(workload: Workload, cluster: Cluster) -> bool:
+    """Whether `place` finds a plan. Faster: it ends with the first one."""
+    return _Attempt(workload, cluster, first=True).run()
+
+
+def margin_bytes(device: Device) -> int:
+    """What no table may take of a GPU's memory; of a CPU's, whose size a user chose, nothing is kept back."""
+    return device.hbm - int((1 - MARGIN) * device.hbm)
+
+
+def available(cluster: Cluster) -> int:
+    """Bytes of all devices together that tables may take, at the very most."""
+    return cluster.world_size * (cluster.device.memory - margin_bytes(cluster.device))
+
+
+def need(workload: Workload, cluster: Cluster) -> int:
+    """Bytes of all devices together without which no plan of tables in their memory can do."""
+    return workload.weight_bytes + workload.optimizer_bytes + workload.dense_bytes * cluster.world_size
+
+
+class _Attempt:
+    """One run of the planner.
+
+    Args:
+        first: end with the first plan that fits, which need not be the fastest.
+    """
+
+    def __init__(self, workload: Workload, cluster: Cluster, first: bool = False) -> None:
+        self._workload, self._cluster = workload, cluster
+        where, rows = cluster.topology(), workload.rows(cluster.world_size)
+        constraints = table_constraints(workload.model, workload.sharding, where)
+        self._dense = workload.dense_bytes + _replicated_bytes(workload, constraints)
+        self._all_in_memory = all(
+            {_FUSED, _DENSE}.issuperset(own.compute_kernels or ()) for own in constraints.values()
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the estimate of the dense part that it warns of is ours
+            self._reservation = HeuristicalStorageReservation(MARGIN, dense_tensor_estimate=max(1, self._dense))
+        self._chosen = _Chosen()
+        estimators = [
+            EmbeddingPerfEstimatorFactory.create(_ESTIMATOR, topology=where, constraints=constraints),
+            _StorageEstimator(where, constraints, workload.optimizer),
+        ]
+        self._planner = EmbeddingShardingPlanner(
+            topology=where,
+            batch_size=rows,
+            constraints=constraints,
+            enumerator=EmbeddingEnumerator(where, rows, constraints, estimators),
+            storage_reservation=self._reservation,
+            proposer=_until_first() if first else None,
+            stats=[self._chosen],
+        )
+        self._sharders = sharders_for(workload.sharding, torch.device(cluster.device.kind))
+
+    def run(self) -> bool:
+        """Whether there is a plan."""
+        if self._all_in_memory and need(self._workload, self._cluster) > available(self._cluster):
+            return False
+        try:
+            self._planner.plan(self._workload.model, self._sharders)
+        except PlannerError:
+            return False
+        return True
+
+    def placement(self) -> Placement:
+        """Of the plan that was found."""
+        device, ranks = self._cluster.device, self._cluster.world_size
+        reserved = self._reservation.last_reserved_topology
+        assert reserved is not None
+        left = reserved.devices[0].storage
+        margin = margin_bytes(device)
+        memory = {part: np.zeros(ranks, np.int64) for part in PARTS}
+        memory["margin"] += margin
+        memory["dense"] += device.memory - (left.hbm if device.kind == "cuda" else left.ddr) - margin
+        ddr = np.zeros(ranks, np.int64)
+        for option in self._chosen.options:
+            for shard in option.shards:
+                in_memory = shard.storage.hbm if device.kind == "cuda" else shard.storage.ddr
+                weights = math.prod(shard.size) * option.tensor.element_size()
+                states = state_bytes(shard.size[0], shard.size[1], self._workload.optimizer)
+                is_fused = option.compute_kernel == _FUSED
+                held = {
+                    "weights": weights if is_fused or option.compute_kernel == _DENSE else 0,
+                    "optimizer": states if is_fused else 0,
+                }
+                for part, size in {**held, "lookups": in_memory - sum(held.values())}.items():
+                    memory[part][shard.rank] += size
+                if device.kind == "cuda":
+                    ddr[shard.rank] += shard.storage.ddr
+        return Placement(
+            cluster=self._cluster,
+            memory=memory,
+            ddr=ddr,
+            step=_critical_path(self._chosen.options),
+            sharding_types=dict(Counter(option.sharding_type for option in self._chosen.options).most_common()),
+            kernels=dict(Counter(option.compute_kernel for option in self._chosen.options).most_common()),
+        )
+
+
+class _Chosen(Stats):
+    """Keeps the plan that the planner chose, with its estimates."""
+
+    def __init__(self) -> None:
+        self.options: list[ShardingOption] = []
+
+    def log(self, *args: Any, best_plan: list[ShardingOption], **facts: Any) -> None:
+        self.options = best_plan
+
+
+class _StorageEstimator(EmbeddingStorageEstimator):
+    """The planner's, with optimizer states as FBGEMM keeps them: TorchRec 1.8 takes them to be as wide as the weights' numbers
+    are, and as many for LAMB as for Adagrad; and of column-wise shards it divides what each has a number a row of."""
+
+    def __init__(self, topology: Topology, constraints: dict[str, ParameterConstraints], optimizer: Optimizer) -> None:
+        super().__init__(topology=topology, constraints=constraints)
+        self._optimizer, self._on_gpu = optimizer, topology.compute_device == "cuda"
+
+    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: Any) -> None:
+        super().estimate(sharding_options, sharder_data_map)
+        for option in sharding_options:
+            if option.compute_kernel != _FUSED:
+                continue
+            counted = {"sgd": 0, "adam": 2, "rowwise_adagrad": 1 / option.tensor.shape[1]}.get(self._optimizer, 1)
+            for shard in option.shards:
+                weights = math.prod(shard.size) * option.tensor.element_size()
+                missing = state_bytes(shard.size[0], shard.size[1], self._optimizer) - math.ceil(weights * counted)
+                shard.storage += Storage(hbm=missing, ddr=0) if self._on_gpu else Storage(hbm=0, ddr=missing)
+
+
+class _UntilFirst(Proposer):
+    """One of the planner's proposers, silent once any of them has proposed what fits."""
+
+    def __init__(self, proposer: Proposer, found: list[bool]) -> None:
+        self._proposer, self._found = proposer, found
+
+    def load(self, *args: Any, **options: Any) -> None:
+        self._proposer.load(*args, **options)
+
+    def propose(self) -> list[ShardingOption] | None:
+        return None if self._found else self._proposer.propose()
+
+    def feedback(self, partitionable: bool, *args: Any, **facts: Any) -> None:
+        if partitionable:
+            self._found.append(True)
+        self._proposer.feedback(partitionable, *args, **facts)
+
+
+def _until_first() -> list[Proposer]:
+    """The planner's own proposers, the cheap ones first: what they find between them is the same."""
+    proposers = [UniformProposer(), GreedyProposer(), GreedyProposer(use_depth=False), GridSearchProposer()]
+    found: list[bool] = []
+    return [_UntilFirst(proposer, found) for proposer in proposers]
+
+
+def _critical_path(options: list[ShardingOption]) -> dict[str, float]:
+    """ms of each phase of a step, with ranks waiting for each other after it, as the planner's own statistics have it: the
+    communication of the tables of one module and sharding type comes after that of the others."""
+    phases: dict[str, Counter[tuple[Any, int]]] = {
+        name: Counter() for name in ("fwd_compute", "fwd_comms", "bwd_compute", "bwd_comms")
+    }
+    for option in options:
+        for shard in option.shards:
+            for name, times in phases.items():
+                group = (option.path, option.sharding_type) if name.endswith("comms") else None
+                times[group, shard.rank] += getattr(shard.perf, name)
+    step = {}
+    for name, times in phases.items():
+        longest: dict[Any, float] = {}
+        for (group, _), time in times.items():
+            longest[group] = max(longest.get(group, 0.0), time)
+        step[name] = sum(longest.values())
+    return step
+
+
+def _replicated_bytes(workload: Workload, constraints: dict[str, ParameterConstraints]) -> int:
+    """Gradients and optimizer states of data-parallel tables, which the planner leaves out, on every rank."""
+    wide, _ = STATES[workload.optimizer]
+    total = 0
+    for module in embedding_modules(workload.model).values():
+        for table in table_configs(module):
+            if constraints[table.name].sharding_types == [ShardingType.DATA_PARALLEL.value]:
+                total += table.num_embeddings * table.embedding_dim * STATE_BYTES * (1 + wide)
+    return total
