@@ -95,7 +95,8 @@ def available(cluster: Cluster) -> int:
 
 def need(workload: Workload, cluster: Cluster) -> int:
     """Bytes of all devices together without which no plan of tables in their memory can do."""
-    return workload.weight_bytes + workload.optimizer_bytes + workload.dense_bytes * cluster.world_size
+    beside = workload.beside_tables(cluster.world_size) * cluster.world_size
+    return workload.weight_bytes + workload.optimizer_bytes + beside
 
 
 class _Attempt:
@@ -109,7 +110,7 @@ class _Attempt:
         self._workload, self._cluster = workload, cluster
         where, rows = cluster.topology(), workload.rows(cluster.world_size)
         constraints = table_constraints(workload.model, workload.sharding, where)
-        self._dense = workload.dense_bytes + _replicated_bytes(workload, constraints)
+        self._dense = workload.beside_tables(cluster.world_size) + _replicated_bytes(workload, constraints)
         self._all_in_memory = all(
             {_FUSED, _DENSE}.issuperset(own.compute_kernels or ()) for own in constraints.values()
         )

@@ -50,6 +50,7 @@ class Workload:
         batch_size: rows a step, of each rank; of all together if `is_global`.
         sharding: what the planner may choose from.
         dense_bytes: of each rank, for all but the tables: weights, gradients, optimizer states.
+        divided_bytes: of all ranks together, in equal parts: the maps of raw ids to rows.
     """
 
     model: nn.Module
@@ -58,10 +59,15 @@ class Workload:
     is_global: bool = False
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     dense_bytes: int = 0
+    divided_bytes: int = 0
 
     def rows(self, ranks: int) -> int:
         """Of one rank's batch."""
         return math.ceil(self.batch_size / ranks) if self.is_global else self.batch_size
+
+    def beside_tables(self, ranks: int) -> int:
+        """Bytes of one rank that are no table's."""
+        return self.dense_bytes + math.ceil(self.divided_bytes / ranks)
 
     def tables(self) -> Iterator[tuple[int, int, int]]:
         """Rows, stored columns and bytes of a number, of every table."""

@@ -11,6 +11,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -18,6 +19,8 @@ import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from sseds_rec.files import write_atomic
 
 P = ParamSpec("P")
 
@@ -77,6 +80,16 @@ def as_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
         return _inline(buffer.getvalue(), draw.__name__)
 
     return render
+
+
+def write_figure(path: Path, draw: Callable[[], Figure]) -> Path:
+    """Writes a figure as a file of its own, atomically: SVG, PNG or PDF, by the name's ending."""
+    form = path.suffix[1:].lower()
+    style = {**_STYLE, "savefig.transparent": False, "savefig.dpi": 200}
+    with matplotlib.rc_context(style):
+        figure = draw()
+        metadata = {"Date": None} if form == "svg" else {"CreationDate": None} if form == "pdf" else {}
+        return write_atomic(path, lambda temporary: figure.savefig(temporary, format=form, metadata=metadata))
 
 
 def _inline(document: str, name: str) -> str:
