@@ -117,7 +117,7 @@ def _print(found: dict[str, Forecast], where: Cluster) -> None:
     row("weights, GiB", lambda own: _gib(own.weight_bytes))
     row("weights and optimizer, GiB", lambda own: _gib(own.weight_bytes + own.optimizer_bytes), "table_bytes")
     table.add_section()
-    row("GiB a rank", lambda own: "min / mean / max")
+    row("GiB a rank", lambda own: "min/mean/max")
     row("HBM" if where.device.kind == "cuda" else "memory", lambda own: _spread(own, "memory"))
     for part, label in _PARTS.items():
         row(f"  {label}", lambda own, part=part: _spread(own, part))  # type: ignore[misc]
@@ -182,7 +182,7 @@ def _smallest(own: Forecast) -> str:
 def _spread(own: Forecast, name: str) -> str:
     placement = own.placement
     sizes = {"memory": placement.used, "ddr": placement.ddr, **placement.memory}[name]
-    return " / ".join(_gib(size) for size in (sizes.min(), sizes.mean(), sizes.max()))
+    return "/".join(_gib(size) for size in (sizes.min(), sizes.mean(), sizes.max()))
 
 
 def _counts(counts: dict[str, int]) -> str:

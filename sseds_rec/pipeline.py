@@ -144,7 +144,12 @@ class Pipeline:
         plan = search.allocate(scores, search.budget)
         seconds = time.monotonic() - begun
         errors = standard_errors(scores)
-        overlap = expected_overlap(scores, lambda drawn: search.allocate(drawn, search.budget)) if errors else None
+        counted = (
+            search.budget
+            if search.budget.kind != "fits"
+            else search.budget.in_bytes(int(plan.reached["bytes"]["kept"]))
+        )
+        overlap = expected_overlap(scores, lambda drawn: search.allocate(drawn, counted)) if errors else None
 
         def write() -> None:
             scores.save(self.run.path("search", "saliency.npz"))

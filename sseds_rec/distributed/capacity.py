@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sseds_rec.distributed.dry_plan import Placement, fits, margin_bytes, need, place
+from sseds_rec.distributed.dry_plan import Placement, fits, need, place
 from sseds_rec.distributed.hardware import Cluster
 from sseds_rec.distributed.workload import Workload
 from sseds_rec.errors import UserError
@@ -107,7 +107,7 @@ def place_in_more(workload: Workload, cluster: Cluster) -> Placement:
         low, high = (low, middle) if fits(workload, _with_memory(cluster, middle)) else (middle, high)
     found = place(workload, _with_memory(cluster, high))
     assert found is not None, "it fits"
-    margin = np.full(cluster.world_size, margin_bytes(cluster.device))
+    margin = np.full(cluster.world_size, cluster.device.margin)
     return replace(found, cluster=cluster, memory={**found.memory, "margin": margin})
 
 

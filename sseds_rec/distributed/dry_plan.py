@@ -28,7 +28,7 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ShardingType
 
-from sseds_rec.distributed.hardware import MARGIN, Cluster, Device
+from sseds_rec.distributed.hardware import MARGIN, Cluster
 from sseds_rec.distributed.sharding import sharders_for, table_constraints
 from sseds_rec.distributed.tables import embedding_modules, table_configs
 from sseds_rec.distributed.workload import Workload
@@ -83,16 +83,6 @@ def fits(workload: Workload, cluster: Cluster) -> bool:
     return _Attempt(workload, cluster, first=True).run()
 
 
-def margin_bytes(device: Device) -> int:
-    """What no table may take of a GPU's memory; of a CPU's, whose size a user chose, nothing is kept back."""
-    return device.hbm - int((1 - MARGIN) * device.hbm)
-
-
-def available(cluster: Cluster) -> int:
-    """Bytes of all devices together that tables may take, at the very most."""
-    return cluster.world_size * (cluster.device.memory - margin_bytes(cluster.device))
-
-
 def need(workload: Workload, cluster: Cluster) -> int:
     """Bytes of all devices together without which no plan of tables in their memory can do."""
     beside = workload.beside_tables(cluster.world_size) * cluster.world_size
@@ -126,7 +116,7 @@ class _Attempt:
             topology=where,
             batch_size=rows,
             constraints=constraints,
-            enumerator=EmbeddingEnumerator(where, rows, constraints, estimators),
+            enumerator=_Enumerator(where, rows, constraints, estimators),
             storage_reservation=self._reservation,
             proposer=_until_first() if first else None,
             stats=[self._chosen],
@@ -135,7 +125,7 @@ class _Attempt:
 
     def run(self) -> bool:
         """Whether there is a plan."""
-        if self._all_in_memory and need(self._workload, self._cluster) > available(self._cluster):
+        if self._all_in_memory and need(self._workload, self._cluster) > self._cluster.usable:
             return False
         try:
             self._planner.plan(self._workload.model, self._sharders)
@@ -149,10 +139,9 @@ class _Attempt:
         reserved = self._reservation.last_reserved_topology
         assert reserved is not None
         left = reserved.devices[0].storage
-        margin = margin_bytes(device)
         memory = {part: np.zeros(ranks, np.int64) for part in PARTS}
-        memory["margin"] += margin
-        memory["dense"] += device.memory - (left.hbm if device.kind == "cuda" else left.ddr) - margin
+        memory["margin"] += device.margin
+        memory["dense"] += device.memory - (left.hbm if device.kind == "cuda" else left.ddr) - device.margin
         ddr = np.zeros(ranks, np.int64)
         for option in self._chosen.options:
             for shard in option.shards:
@@ -186,6 +175,16 @@ class _Chosen(Stats):
 
     def log(self, *args: Any, best_plan: list[ShardingOption], **facts: Any) -> None:
         self.options = best_plan
+
+
+class _Enumerator(EmbeddingEnumerator):
+    """The planner's, in an order of its own: TorchRec's goes by a set of strings, and so do ties between plans."""
+
+    def enumerate(self, *args: Any, **options: Any) -> list[ShardingOption]:
+        found = super().enumerate(*args, **options)
+        place = {option.fqn: place for place, option in enumerate(found)}
+        simple = ShardingType.TABLE_WISE.value
+        return sorted(found, key=lambda o: (place[o.fqn], o.sharding_type != simple, o.sharding_type, o.compute_kernel))
 
 
 class _StorageEstimator(EmbeddingStorageEstimator):

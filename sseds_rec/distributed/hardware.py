@@ -52,6 +52,11 @@ class Device:
         """Bytes in which this device keeps tables."""
         return self.hbm if self.kind == "cuda" else self.ddr
 
+    @property
+    def margin(self) -> int:
+        """Bytes of it that no table may take; of a CPU's, whose size a user chose, nothing is kept back."""
+        return self.hbm - int((1 - MARGIN) * self.hbm)
+
 
 def _gpu(name: str, hbm: float, hbm_bw: int, intra: int, host: int, inter: float, ddr: int) -> Device:
     """GiB of memory, then GB/s four times, then GB."""
@@ -124,6 +129,11 @@ class Cluster:
     @property
     def world_size(self) -> int:
         return self.nodes * self.per_node
+
+    @property
+    def usable(self) -> int:
+        """Bytes of all devices together that tables can take, at the very most."""
+        return self.world_size * (self.device.memory - self.device.margin)
 
     def topology(self) -> Topology:
         """This cluster as TorchRec's planner sees it, bandwidths and all."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +11,7 @@ from sseds_rec.constants import stored_dim
 from sseds_rec.errors import UserError
 from sseds_rec.search import knapsack
 from sseds_rec.search.budget import Budget
+from sseds_rec.search.groups import Groups, fill_order, first_groups, groups_of
 from sseds_rec.search.plan import DimensionPlan, TablePlan
 from sseds_rec.search.rules import TableRule, width_bounds
 from sseds_rec.search.scores import DimensionScores, Table
@@ -71,32 +70,46 @@ def allocate(
     own = [scores.tables[name] for name in scores]
     floors = np.array([bounds[name][0] for name in scores])
     columns = {name: np.argsort(-scores[name].numpy(), kind="stable") for name in scores}  # best first
-    limit, held = budget.limit(own), budget.cost(own, floors.tolist())
+    held = budget.cost(own, floors.tolist())
 
     ranked = [scores[name].numpy()[columns[name]] for name in scores]
-    groups = _groups(ranked, own, [bounds[name] for name in scores], budget, multiple, exponent)
-    first = _first_groups(groups, np.array([values.sum() for values in ranked]), floors, floor_share)
-    settings: dict[str, Any] = {"multiple": multiple, "min_dim": min_dim, "exponent": exponent, "order": order}
-    if order == "knapsack":
-        weights = np.array([1 if budget.kind == "dims" else table.rows for table in own], np.float64)
-        taken, gap = _most_value(groups, first, weights, limit - held)
-        settings |= {"knapsack_gap": gap} if gap else {}
+    groups = groups_of(ranked, own, [bounds[name] for name in scores], budget, multiple, exponent)
+    first = first_groups(groups, np.array([values.sum() for values in ranked]), floors, floor_share)
+    line = np.argsort(-groups.keys, kind="stable")
+    line = np.concatenate([first, line[~np.isin(line, first)]])
+    line = fill_order(groups, line, held) if order == "fill" else line
+    weights = np.array([1 if budget.kind == "dims" else table.rows for table in own], np.float64)
+
+    def spend(limit: int) -> tuple[np.ndarray, float]:
+        """Widths, and the share of value that is still in doubt."""
+        gap = 0.0
+        if limit < held:
+            return np.zeros_like(floors), gap
+        if order == "knapsack":
+            taken, gap = _most_value(groups, first, weights, limit - held)
+        else:
+            taken = line[: np.searchsorted(groups.costs[line].cumsum(), limit - held, side="right")]
+        return floors + multiple * np.bincount(groups.owners[taken], minlength=len(own)), gap
+
+    memory: dict[str, float | int] | None = None
+    if budget.kind == "fits":
+        from sseds_rec.search.fitting import largest_fit  # TorchRec, which takes seconds
+
+        dims, gap, memory = largest_fit(own, budget, groups, floors, multiple, order == "knapsack", spend)
     else:
-        line = np.argsort(-groups.keys, kind="stable")
-        line = np.concatenate([first, line[~np.isin(line, first)]])
-        line = _fill_order(groups, line, held) if order == "fill" else line
-        taken = line[: np.searchsorted(groups.costs[line].cumsum(), limit - held, side="right")]
-    dims = floors + multiple * np.bincount(groups.owners[taken], minlength=len(own))
+        dims, gap = spend(budget.limit(own))
     if not dims.any():
         raise UserError(
             "the budget cannot hold the first-ranked columns, and order=stop ends there; raise the budget or use order=fill"
             if order == "stop"
             else "the columns that the budget can hold score 0; raise the budget"
         )
+    settings: dict[str, Any] = {"multiple": multiple, "min_dim": min_dim, "exponent": exponent, "order": order}
+    settings |= {"knapsack_gap": gap} if gap else {}
     settings |= {"floor_share": floor_share} if floor_share else {}
     settings |= {"tables": {n: r.model_dump(exclude_defaults=True) for n, r in tables.items()}} if tables else {}
     kept = {name: sorted(columns[name][:dim].tolist()) for name, dim in zip(scores, dims, strict=True)}
-    return _plan(scores, kept, budget, settings)
+    return _plan(scores, kept, budget, settings, memory)
 
 
 def check_budget(
@@ -133,77 +146,7 @@ def check_budget(
         )
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """The groups of columns that may be added to the floors, table by table, best first [N].
-
-    Attributes:
-        owners: the table's index.
-        keys: what ranks them; not increasing within a table, so that a stable sort keeps that order.
-        costs: in the budget's unit, after those before it in the table.
-    """
-
-    owners: np.ndarray
-    keys: np.ndarray
-    costs: np.ndarray
-
-
-def _groups(
-    ranked: list[np.ndarray],
-    tables: list[Table],
-    bounds: list[tuple[int, int]],
-    budget: Budget,
-    multiple: int,
-    exponent: float,
-) -> _Groups:
-    keys, costs = [], []
-    for values, table, (fewest, most) in zip(ranked, tables, bounds, strict=True):
-        keys.append(values[fewest:most].reshape(-1, multiple).mean(axis=1) / float(table.rows) ** exponent)
-        costs.append(np.diff(budget.costs(table, np.arange(fewest, most + 1, multiple))))
-    owners = np.repeat(np.arange(len(tables)), [len(own) for own in keys])
-    return _Groups(owners, np.concatenate(keys), np.concatenate(costs))
-
-
-def _first_groups(groups: _Groups, shares: np.ndarray, floors: np.ndarray, floor_share: float) -> np.ndarray:
-    """The best groups of tables above `floor_share` that no floor holds yet, most share for their cost first."""
-    owners, first = np.unique(groups.owners, return_index=True)
-    wanted = (shares[owners] >= floor_share) & (floors[owners] == 0) & (floor_share > 0)
-    density = shares[owners[wanted]] / groups.costs[first[wanted]]
-    return first[wanted][np.argsort(-density, kind="stable")]
-
-
-def _fill_order(groups: _Groups, line: np.ndarray, kept: int) -> np.ndarray:
-    """The order in which "fill" takes groups; no budget enters it, and one takes its beginning: so more budget drops nothing.
-
-    Args:
-        groups: all [N].
-        line: their indices in rank order [N].
-        kept: what the floors cost.
-
-    Returns:
-        Their indices in the order [N].
-    """
-    places = np.empty_like(line)
-    places[line] = np.arange(len(line))
-    costs, ranks, owners = groups.costs.tolist(), places.tolist(), groups.owners.tolist()
-    best = np.unique(groups.owners, return_index=True)[1].tolist()
-    waiting = [(costs[group], ranks[group], group) for group in best]  # the next group of every table
-    heapq.heapify(waiting)
-    small: list[tuple[int, int]] = []
-    order: list[int] = []
-    largest = max(costs, default=0)
-    while kept < 2 * largest and len(order) < len(line):
-        while waiting and (not small or 2 * waiting[0][0] <= kept):
-            heapq.heappush(small, heapq.heappop(waiting)[1:])
-        _, group = heapq.heappop(small)
-        order.append(group)
-        kept += costs[group]
-        if group + 1 < len(owners) and owners[group + 1] == owners[group]:
-            heapq.heappush(waiting, (costs[group + 1], ranks[group + 1], group + 1))
-    return np.concatenate([np.array(order, np.int64), line[~np.isin(line, order)]])  # all that is left is small
-
-
-def _most_value(groups: _Groups, first: np.ndarray, weights: np.ndarray, left: int) -> tuple[np.ndarray, float]:
+def _most_value(groups: Groups, first: np.ndarray, weights: np.ndarray, left: int) -> tuple[np.ndarray, float]:
     """The groups of the most value that `left` can hold, soft floors held as far as they fit, and the share still in doubt."""
     held = []
     for group in first:
@@ -223,7 +166,11 @@ def _most_value(groups: _Groups, first: np.ndarray, weights: np.ndarray, left: i
 
 
 def _plan(
-    scores: DimensionScores, kept: dict[str, list[int]], budget: Budget, settings: Mapping[str, Any]
+    scores: DimensionScores,
+    kept: dict[str, list[int]],
+    budget: Budget,
+    settings: Mapping[str, Any],
+    memory: dict[str, float | int] | None,
 ) -> DimensionPlan:
     tables = {}
     for name, columns in kept.items():
@@ -249,8 +196,9 @@ def _plan(
     }
     facts = [scores.tables[name] for name in kept]
     counted = _share(budget.cost(facts, [len(columns) for columns in kept.values()]), budget.total(facts))
-    if budget.kind == "bytes":
+    if budget.kind in ("bytes", "fits"):
         reached["bytes"] = counted
+        reached |= {"memory_per_rank": memory} if memory else {}
     elif budget.transforms:
         reached["parameters_and_transforms"] = counted
     rotations = {name: rotation.keep(kept[name]) for name, rotation in scores.rotations.items()}

@@ -7,32 +7,42 @@ from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sseds_rec.constants import stored_dim
+from sseds_rec.distributed.hardware import Cluster
+from sseds_rec.errors import UserError
 from sseds_rec.footprint import STATE_BYTES, STATES, WEIGHT_BYTES, Optimizer, Precision
 from sseds_rec.search.scores import Table
 
-Kind = Literal["parameters", "bytes", "dims"]
+Kind = Literal["parameters", "bytes", "dims", "fits"]
+
 #: A transform matrix is dense: float32, with both of Adam's moments.
-_TRANSFORM_BYTES = 12
-_UNITS: dict[Kind, str] = {"parameters": "parameters", "bytes": "bytes", "dims": "columns"}
+TRANSFORM_BYTES = 12
+_UNITS: dict[Kind, str] = {"parameters": "parameters", "bytes": "bytes", "dims": "columns", "fits": "bytes"}
 
 
 class Budget(BaseModel):
-    """How much may stay; exactly one of `parameters`, `bytes`, `dims` is given: a share in (0, 1], or a whole number above 1.
+    """How much may stay; exactly one of `parameters`, `bytes`, `dims`, `fits` is given.
 
-    A share is of what the full tables cost by the same count, without transform matrices: the full model has none.
+    The first three are a share in (0, 1], or a whole number above 1. A share is of what the full tables cost by the same count,
+    without transform matrices: the full model has none.
 
     Attributes:
         parameters: embedding parameters. Column j of table i costs its n_i rows (Eq. 8).
         bytes: memory for training the tables: weights and optimizer states, at the width that FBGEMM stores (a multiple of 4).
             A state with one number a row costs rows x 4 bytes as soon as the table keeps a column.
         dims: columns, whatever their rows.
-        optimizer: of the tables, for `bytes`; default "adam", as our trainer's.
-        precision: of the tables' weights, for `bytes`; optimizer states are float32.
+        fits: a cluster, as "1x8xH100-80GB" (see `sseds_rec.distributed.hardware.Cluster.parse`): as much as TorchRec's planner
+            can place there. Of `bytes` budgets it takes the largest whose plan fits. Then, with order="knapsack", groups of
+            `multiple` columns are added until no table can take one more and still fit, the others as they are; with "fill" and
+            "stop" the next group in line does not fit.
+        optimizer: of the tables, for `bytes` and `fits`; default "adam", as our trainer's.
+        precision: of the tables' weights, for `bytes` and `fits`; optimizer states are float32.
+        batch_size: rows a step of each device, for `fits`: look-ups take memory as well.
+        dense_bytes: of each device, for `fits`: what is no table (dense weights, gradients, optimizer states, activations).
         transforms: count the transform matrices M_i in R^{D x d_i} (Eq. 13) as well: D more parameters for each kept column of
-            a table of D columns; in bytes 12 D, for float32 and Adam's two moments.
+            a table of D columns; in bytes 12 D, for float32 and Adam's two moments (in `fits`, on each device).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -40,8 +50,11 @@ class Budget(BaseModel):
     parameters: float | int | None = None
     bytes: float | int | None = None
     dims: float | int | None = None
+    fits: str | None = None
     optimizer: Optimizer = "adam"
     precision: Precision = "fp32"
+    batch_size: int = Field(2048, ge=1)
+    dense_bytes: int = Field(0, ge=0)
     transforms: bool = False
 
     @model_validator(mode="after")
@@ -49,10 +62,17 @@ class Budget(BaseModel):
         given = [kind for kind in _UNITS if getattr(self, kind) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(_UNITS)}")
-        kind, value = self.kind, self._value
+        kind, value, options = self.kind, self._value, self._options()
+        if kind != "fits" and options.keys() & {"batch_size", "dense_bytes"}:
+            raise ValueError(f"batch_size and dense_bytes go with fits only, and this budget counts {kind}")
+        if isinstance(value, str):
+            try:
+                Cluster.parse(value)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+            return self
         if value <= 0 or (value > 1 and not isinstance(value, int)):
             raise ValueError(f"{kind}={value} is not a share in (0, 1] or a whole number of {_UNITS[kind]}")
-        options = self._options()
         if kind == "dims" and "transforms" in options:
             raise ValueError("dims counts columns and no transforms; ask for parameters or bytes")
         if kind != "bytes" and options.keys() - {"transforms"}:
@@ -65,12 +85,19 @@ class Budget(BaseModel):
         return next(kind for kind in _UNITS if getattr(self, kind) is not None)
 
     @property
-    def _value(self) -> float | int:
-        value: float | int = getattr(self, self.kind)
+    def cluster(self) -> Cluster:
+        """Of `fits`."""
+        assert self.fits is not None, "the budget names a cluster"
+        return Cluster.parse(self.fits)
+
+    @property
+    def _value(self) -> float | int | str:
+        value: float | int | str = getattr(self, self.kind)
         return value
 
     def _options(self) -> dict[str, Any]:
-        return self.model_dump(include={"optimizer", "precision", "transforms"}, exclude_defaults=True)
+        options = {"optimizer", "precision", "transforms", "batch_size", "dense_bytes"}
+        return self.model_dump(include=options, exclude_defaults=True)
 
     def asked(self) -> dict[str, Any]:
         """The budget as it was given, defaults left out: {"parameters": 0.1}, {"bytes": 0.1, "optimizer": "sgd"}."""
@@ -94,7 +121,7 @@ class Budget(BaseModel):
         wide, single = STATES[self.optimizer]
         column = WEIGHT_BYTES[self.precision] + STATE_BYTES * wide
         row = stored_dim(widths) * column + (widths > 0) * (STATE_BYTES * single)  # type: ignore[arg-type]
-        return table.rows * row + _TRANSFORM_BYTES * transforms
+        return table.rows * row + TRANSFORM_BYTES * transforms
 
     def cost(self, tables: Sequence[Table], dims: Sequence[int]) -> int:
         """What all tables cost at these widths."""
@@ -105,11 +132,24 @@ class Budget(BaseModel):
         return self.model_copy(update={"transforms": False}).cost(tables, [table.dim for table in tables])
 
     def limit(self, tables: Sequence[Table]) -> int:
-        """The most that may be kept, in this budget's unit."""
-        if self._value > 1:
-            return int(self._value)
+        """The most that may be kept, in this budget's unit; of `fits`, all that tables can take of the devices' memory."""
+        value = self._value
+        if isinstance(value, str):
+            return self.cluster.usable
+        if value > 1:
+            return int(value)
         # The decimal the user wrote, not its binary neighbour: 0.29 of 100 is 29.
-        return int(Fraction(str(self._value)) * self.total(tables))
+        return int(Fraction(str(value)) * self.total(tables))
+
+    def in_bytes(self, count: int) -> Budget:
+        """Of so many bytes, counted as this budget counts (at least 2: 1 is a share)."""
+        return Budget(
+            bytes=max(2, count), optimizer=self.optimizer, precision=self.precision, transforms=self.transforms
+        )
+
+    def without_planner(self, tables: Sequence[Table]) -> Budget:
+        """This budget; of `fits`, that of all bytes which the cluster could hold, for plans that are on the way to the last."""
+        return self.in_bytes(self.limit(tables)) if self.kind == "fits" else self
 
     def at(self, progress: float, tables: Sequence[Table]) -> Budget:
         """The budget of a round on the exponential way from everything to this one: limit^progress * everything^(1-progress).
@@ -119,8 +159,10 @@ class Budget(BaseModel):
             tables: all tables.
 
         Returns:
-            A budget of the same kind, as a count (which is at least 2: 1 is a share).
+            A budget of the same kind, as a count (which is at least 2: 1 is a share); of `fits`, one of bytes before the last.
         """
+        if self.kind == "fits" and progress < 1:
+            return self.without_planner(tables).at(progress, tables)
         everything = self.cost(tables, [table.dim for table in tables])
         limit = min(self.limit(tables), everything)
         if progress >= 1 or limit < 1:

@@ -87,7 +87,7 @@ def score_dimensions(
     stream = iter(batches)
 
     def plan(drawn: DimensionScores) -> DimensionPlan:
-        return allocation(drawn, budget)
+        return allocation(drawn, budget.without_planner(list(drawn.tables.values())))
 
     with tapped(model) as taps:
         for current in range(1, rounds + 1):
