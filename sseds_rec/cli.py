@@ -23,6 +23,7 @@ from sseds_rec.output import (
     print_audit,
     print_comparison,
     print_error,
+    print_fit,
     print_json,
     print_metrics,
     print_stability,
@@ -296,6 +297,7 @@ def _run_stages(
             if main:
                 console.print(f"{stage}: wrote {pipeline.run.path(stage)}")
             if main and stage == "search":
+                print_fit(read_json(pipeline.run.path(stage, "metrics.json")))
                 print_stability(read_json(pipeline.run.path(stage, "metrics.json")))
         if not main:
             return

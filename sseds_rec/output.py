@@ -86,6 +86,22 @@ def print_stability(search: dict[str, Any]) -> None:
         console.print(f"search: of {batches} batches; others would keep {overlap:.0%} of the same columns{advice}")
 
 
+def print_fit(search: dict[str, Any]) -> None:
+    """After a search for what fits a cluster, what the plan takes there."""
+    memory = search["reached"].get("memory_per_rank")
+    if memory:
+        kept = search["reached"]["dims"]
+        cut = (
+            "the full model fits, nothing is cut"
+            if kept["kept"] == kept["of"]
+            else f"{kept['fraction']:.1%} of the columns fit"
+        )
+        console.print(
+            f"search: {search['budget']['fits']}: {cut}; the fullest rank has {memory['max'] / 2**30:.2f} "
+            f"of {memory['of'] / 2**30:.2f} GiB, margin and all"
+        )
+
+
 def print_audit(audit: Audit, criterion: str) -> None:
     """What leaving out single columns showed, in a few lines."""
     regret = "undefined" if audit.regret is None else f"{audit.regret:.1%}"

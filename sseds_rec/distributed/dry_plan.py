@@ -116,7 +116,7 @@ class _Attempt:
             topology=where,
             batch_size=rows,
             constraints=constraints,
-            enumerator=_Enumerator(where, rows, constraints, estimators),
+            enumerator=_Enumerator(self._reservation, where, rows, constraints, estimators),
             storage_reservation=self._reservation,
             proposer=_until_first() if first else None,
             stats=[self._chosen],
@@ -178,13 +178,31 @@ class _Chosen(Stats):
 
 
 class _Enumerator(EmbeddingEnumerator):
-    """The planner's, in an order of its own: TorchRec's goes by a set of strings, and so do ties between plans."""
+    """The planner's, in an order of its own: TorchRec's goes by a set of strings, and so do ties between plans.
+
+    Ends the planning if the tables, each at its smallest, are too large for all devices together.
+    """
+
+    def __init__(self, reservation: HeuristicalStorageReservation, where: Topology, *args: Any) -> None:
+        super().__init__(where, *args)
+        self._reservation, self._on_gpu = reservation, where.compute_device == "cuda"
 
     def enumerate(self, *args: Any, **options: Any) -> list[ShardingOption]:
         found = super().enumerate(*args, **options)
-        place = {option.fqn: place for place, option in enumerate(found)}
+        least: dict[str, int] = {}
+        for option in found:
+            size = self._in_memory(option.total_storage)
+            least[option.fqn] = min(size, least.get(option.fqn, size))
+        left = self._reservation.last_reserved_topology
+        assert left is not None, "the planner reserves before it enumerates"
+        if sum(least.values()) > sum(self._in_memory(device.storage) for device in left.devices):
+            raise PlannerError("the tables are larger than all devices together")
+        place = {name: place for place, name in enumerate(least)}
         simple = ShardingType.TABLE_WISE.value
         return sorted(found, key=lambda o: (place[o.fqn], o.sharding_type != simple, o.sharding_type, o.compute_kernel))
+
+    def _in_memory(self, storage: Storage) -> int:
+        return storage.hbm if self._on_gpu else storage.ddr
 
 
 class _StorageEstimator(EmbeddingStorageEstimator):

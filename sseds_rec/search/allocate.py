@@ -128,12 +128,13 @@ def check_budget(
     bounds = width_bounds(tables, multiple, min_dim, rules)
     own = list(tables.values())
     limit = budget.limit(own)
+    name = f"the budget fits={budget.fits}" if budget.fits else "the budget"
     floors = budget.cost(own, [fewest for fewest, _ in bounds.values()])
     if floors > limit:
         asked = [f"a floor of {min_dim} columns in each of {len(tables)} tables"] if min_dim else []
         asked += ["the rules for tables"] if rules else []
         raise UserError(
-            f"{' and '.join(asked)} {'need' if rules else 'needs'} {floors:,}, the budget allows {limit:,}; "
+            f"{' and '.join(asked)} {'need' if rules else 'needs'} {floors:,}, {name} allows {limit:,}; "
             f"lower {'them' if rules else 'min_dim'} or raise the budget"
         )
     if not any(most for _, most in bounds.values()):
@@ -142,7 +143,7 @@ def check_budget(
     cheapest = min(int(budget.costs(tables[name], widths)[0]) for name, (_, most) in bounds.items() if most)
     if not floors and cheapest > limit:
         raise UserError(
-            f"the budget of {limit:,} keeps no column: the cheapest group of {multiple} costs {cheapest:,}; raise the budget"
+            f"{name} of {limit:,} keeps no column: the cheapest group of {multiple} costs {cheapest:,}; raise the budget"
         )
 
 
