@@ -207,7 +207,9 @@ class Pipeline:
         self.runtime.on_main(lambda: write_json(self.run.path("slim", "tables.json"), torchrec_tables(plan)))
         seconds = time.monotonic() - begun
         self._seed()
-        model = self._shard(build_slim_model(self.config.model, self.schema, plan, "select"), self.config.train, slim=True)
+        model = self._shard(
+            build_slim_model(self.config.model, self.schema, plan, "select"), self.config.train, slim=True
+        )
         load_ticket(target, model, plan)
         self._write_sharding_plan("slim", model)
         return self._finish("slim", {**self._test(model), **parameter_counts(model), "seconds": seconds})
@@ -280,9 +282,7 @@ class Pipeline:
     def _shard(self, model: CtrModel, train: TrainConfig, slim: bool = False) -> DistributedModelParallel:
         own = self.config.sharding
         prepare_dense(model, train, self.runtime.device)
-        fuse_table_optimizer(
-            model, train.table_optimizer, train.table_rate, self.placement, own.data_parallel_tables
-        )
+        fuse_table_optimizer(model, train.table_optimizer, train.table_rate, self.placement, own.data_parallel_tables)
         # From here on ranks draw different numbers: each its own shards' start, and its own dropout.
         torch.manual_seed(self.config.seed + self.runtime.rank)
         config = own.model_copy(update={"type": self.placement})

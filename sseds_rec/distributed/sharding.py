@@ -50,7 +50,7 @@ def shard(
         UserError: the tables do not fit this topology under the constraints, a precision is not one that it sends, or the
             file's plan is of other tables or another job.
     """
-    sharders = sharders_for(config.comm_precision, runtime.device)
+    sharders = sharders_for(config, runtime.device)
     where = job_cluster(runtime, config.device).topology()
     constraints = table_constraints(model, config, where)
     _mark_virtual(model, constraints)
@@ -75,17 +75,13 @@ def shard(
     return sharded
 
 
-def sharders_for(precision: CommPrecision, device: torch.device) -> list[ModuleSharder[nn.Module]]:
-    """Sharders of all collections that can be trained here.
-
-    Args:
-        precision: in which they send embeddings and gradients.
-        device: on which they compute.
+def sharders_for(config: ShardingConfig, device: torch.device) -> list[ModuleSharder[nn.Module]]:
+    """What splits all collections that can be trained, on this kind of device.
 
     Raises:
-        UserError: the processes of such devices do not send this precision.
+        UserError: the processes of such devices do not send embeddings in the precision that is asked for.
     """
-    codecs = _codecs(precision, device)
+    codecs = _codecs(config.comm_precision, device)
     bags = BagSharder(qcomm_codecs_registry=codecs)
     return [bags, EmbeddingCollectionSharder(qcomm_codecs_registry=codecs), ManagedSharder(bags)]
 

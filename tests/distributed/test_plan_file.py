@@ -34,7 +34,7 @@ def _planned(cluster: str = "1x2xCPU-8GB") -> tuple[Bags, ShardingConfig, Any, S
     model, config = _model(), ShardingConfig.model_validate({"tables": MIXED})
     where = Cluster.parse(cluster).topology()
     device = torch.device(where.compute_device)
-    return model, config, where, plan_sharding(model, config, where, 8, sharders_for("fp32", device))
+    return model, config, where, plan_sharding(model, config, where, 8, sharders_for(config, device))
 
 
 @pytest.mark.parametrize("cluster", ["1x2xCPU-8GB", "2x2xA100-40GB"])

@@ -204,7 +204,7 @@ def _plan(cluster: str, config: dict[str, Any], optimizer: str = "adagrad") -> E
     model, own = Bags("meta"), ShardingConfig.model_validate(config)
     fuse_table_optimizer(model, optimizer, 0.1, own.type, own.data_parallel_tables)  # type: ignore[arg-type]
     where = Cluster.parse(cluster).topology()
-    plan = plan_sharding(model, own, where, 8, sharders_for("fp32", torch.device(where.compute_device))).plan["bags"]
+    plan = plan_sharding(model, own, where, 8, sharders_for(own, torch.device(where.compute_device))).plan["bags"]
     assert isinstance(plan, EmbeddingModuleShardingPlan)
     return plan
 
@@ -287,4 +287,4 @@ def test_an_unknown_table_is_refused_with_the_nearest() -> None:
 
 def test_bf16_is_not_sent_between_cpus() -> None:
     with pytest.raises(UserError, match="comm_precision=bf16"):
-        sharders_for("bf16", ALONE.device)
+        sharders_for(ShardingConfig(comm_precision="bf16"), ALONE.device)
