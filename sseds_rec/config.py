@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from sseds_rec.data.config import FORMATS, DataConfig
-from sseds_rec.distributed.sharding import ShardingConfig
+from sseds_rec.distributed.sharding_config import ShardingConfig
 from sseds_rec.errors import UserError
 from sseds_rec.files import open_file, write_text
 from sseds_rec.models.registry import ModelConfig

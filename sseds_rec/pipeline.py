@@ -14,11 +14,13 @@ from sseds_rec.config import Config
 from sseds_rec.data.dataset import open_dataset
 from sseds_rec.data.loader import Loader
 from sseds_rec.data.schema import SPLITS, SplitName
+from sseds_rec.distributed.machine import job_cluster
+from sseds_rec.distributed.plan_file import plan_file, save_plan
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import raw_ids_refused, shard
 from sseds_rec.errors import UserError
 from sseds_rec.export import torchrec_tables
-from sseds_rec.files import write_json, write_text
+from sseds_rec.files import write_json
 from sseds_rec.models import (
     MODELS,
     CtrModel,
@@ -28,6 +30,7 @@ from sseds_rec.models import (
     plan_for,
     raw_fields,
     rows_of,
+    table_names,
 )
 from sseds_rec.models.registry import check_rotates
 from sseds_rec.models.ticket import load_ticket
@@ -106,6 +109,7 @@ class Pipeline:
                 f"evaluation.group_field={config.evaluation.group_field}: {config.data.path} has no such field with one id a "
                 f"row; choose one of {', '.join(single)}"
             )
+        config.sharding.check_tables(list(table_names(schema).values()))
         raw = raw_fields(schema)
         if raw and self.placement == "data_parallel":
             raise raw_ids_refused(f"field {raw[0]}")
@@ -208,7 +212,9 @@ class Pipeline:
         self.runtime.on_main(lambda: write_json(self.run.path("slim", "tables.json"), torchrec_tables(plan)))
         seconds = time.monotonic() - begun
         self._seed()
-        model = self._shard(build_slim_model(self.config.model, self.schema, plan, "select"), self.config.train)
+        model = self._shard(
+            build_slim_model(self.config.model, self.schema, plan, "select"), self.config.train, slim=True
+        )
         load_ticket(target, model, plan)
         self._write_sharding_plan("slim", model)
         return self._finish("slim", {**self._test(model), **parameter_counts(model), "seconds": seconds})
@@ -239,7 +245,7 @@ class Pipeline:
             return self._measure(self.pretrained(), split)
         self._seed()
         model = build_slim_model(self.config.model, self.schema, self._plan(), self.config.retrain.transform)
-        sharded = self._shard(model, self.config.train)
+        sharded = self._shard(model, self.config.train, slim=True)
         load_weights(self.run.path(stage, "checkpoint"), sharded)
         return self._measure(sharded, split)
 
@@ -248,7 +254,7 @@ class Pipeline:
     ) -> dict[str, Any]:
         """Trains, keeps the best step's checkpoint, and measures it on the test split."""
         folder = self.run.path(stage)
-        sharded = self._shard(model, train)
+        sharded = self._shard(model, train, slim=stage == "retrain")
         start(sharded)
         self._write_sharding_plan(stage, sharded)
         optimizer = build_optimizer(sharded, train)
@@ -278,13 +284,14 @@ class Pipeline:
         load_weights(self.run.path("pretrain", "checkpoint"), model)
         return model
 
-    def _shard(self, model: CtrModel, train: TrainConfig) -> DistributedModelParallel:
+    def _shard(self, model: CtrModel, train: TrainConfig, slim: bool = False) -> DistributedModelParallel:
+        own = self.config.sharding
         prepare_dense(model, train, self.runtime.device)
-        fuse_table_optimizer(model, train.table_optimizer, train.table_rate, self.placement)
+        fuse_table_optimizer(model, train.table_optimizer, train.table_rate, self.placement, own.data_parallel_tables)
         # From here on ranks draw different numbers: each its own shards' start, and its own dropout.
         torch.manual_seed(self.config.seed + self.runtime.rank)
-        config = self.config.sharding.model_copy(update={"type": self.placement})
-        return shard(model, config, self.runtime, self.batch_size)
+        config = own.model_copy(update={"type": self.placement})
+        return shard(model, config, self.runtime, self.batch_size, own.slim_plan if slim else own.base_plan)
 
     def _seed(self) -> None:
         """Makes a stage independent of what ran before it in this process."""
@@ -335,7 +342,9 @@ class Pipeline:
         return {**metrics, **speed, **({"group_field": group_field} if group_field else {})}
 
     def _write_sharding_plan(self, stage: str, model: DistributedModelParallel) -> None:
-        self.runtime.on_main(lambda: write_text(self.run.path(stage, "sharding_plan.txt"), f"{model.plan}\n"))
+        cluster = job_cluster(self.runtime)
+        plan = plan_file(model.plan, model, cluster.world_size, cluster.per_node)
+        self.runtime.on_main(lambda: save_plan(self.run.path(stage, "sharding_plan.json"), plan))
 
     def _finish(self, stage: str, metrics: dict[str, Any]) -> dict[str, Any]:
         self.runtime.on_main(lambda: self.run.finish(stage, metrics))

@@ -54,7 +54,7 @@ def test_run_directory_holds_what_the_contract_names(finished_run: Path) -> None
         ".": ["config.yaml", "environment.json", "metrics.json"],
         "pretrain": ["checkpoint", "history.jsonl", "tensorboard", "metrics.json"],
         "search": ["saliency.npz", "plan.json"],
-        "slim": ["checkpoint", "tables.json", "sharding_plan.txt"],
+        "slim": ["checkpoint", "tables.json", "sharding_plan.json"],
         "retrain": ["checkpoint", "history.jsonl", "tensorboard", "metrics.json"],
         "report": ["index.html"],
     }
@@ -358,7 +358,7 @@ def test_two_ranks_give_the_same_metrics_as_one_within_noise_and_as_two_exactly(
     assert _table_parameters(tmp_path / "two/slim/checkpoint") <= 0.25 * _table_parameters(
         tmp_path / "two/pretrain/checkpoint"
     )
-    placed = (tmp_path / "two/pretrain/sharding_plan.txt").read_text()
+    placed = (tmp_path / "two/pretrain/sharding_plan.json").read_text()
     assert ("data_parallel" if table_optimizer == "adam" else "table_wise") in placed
     run_ranks(2, _pretrain_on_rank, config, own, tmp_path / "again")
     assert _results(tmp_path / "again")["pretrain"] == ours["pretrain"]  # the same ranks: to the last bit

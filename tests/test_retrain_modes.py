@@ -188,7 +188,7 @@ def test_without_an_epoch_the_stage_measures_and_leaves_the_start(
     assert (retrain["epochs"], retrain["steps"], retrain["samples_per_second"]) == (0, 0, None)
     assert retrain.keys() == metrics["pretrain"].keys() and retrain["seconds"] > 0
     left = {path.name for path in (run / "retrain").iterdir()}
-    assert left == {"checkpoint", "history.jsonl", "tensorboard", "sharding_plan.txt", "metrics.json"}
+    assert left == {"checkpoint", "history.jsonl", "tensorboard", "sharding_plan.json", "metrics.json"}
     tables = {name: value for name, value in _weights(run / "slim/checkpoint").items() if ".embedding_bags." in name}
     kept = _weights(run / "retrain/checkpoint")
     assert tables and all(torch.equal(kept[name], value) for name, value in tables.items())

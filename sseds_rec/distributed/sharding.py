@@ -1,79 +1,70 @@
-"""Which rank holds what: sharders, planner, and the wrapped model."""
+"""Which rank holds what: constraints, the planner, and the wrapped model."""
 
 from __future__ import annotations
 
-import os
-from typing import Literal
-
 import torch
-import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict
 from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
-from torchrec.distributed.types import ModuleSharder, QuantizedCommCodecs, ShardingPlan, ShardingType
+from torchrec.distributed.types import (
+    CacheParams,
+    KeyValueParams,
+    ModuleSharder,
+    QuantizedCommCodecs,
+    ShardingPlan,
+    ShardingType,
+)
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from sseds_rec.constants import KERNEL_MULTIPLE
+from sseds_rec.distributed.machine import job_cluster
 from sseds_rec.distributed.managed import ManagedSharder, is_managed
+from sseds_rec.distributed.plan_file import load_plan
 from sseds_rec.distributed.runtime import Runtime
+from sseds_rec.distributed.sharders import BagSharder
+from sseds_rec.distributed.sharding_config import VIRTUAL, CommPrecision, Placement, ShardingConfig, TableSharding
 from sseds_rec.distributed.tables import embedding_modules, table_configs
 from sseds_rec.errors import UserError
 
-Placement = Literal["auto", "table_wise", "row_wise", "column_wise", "data_parallel"]
-CommPrecision = Literal["fp32", "fp16", "bf16"]
+#: Buckets of a table whose rows are made as ids are seen: by them its shards can be divided anew.
+_VIRTUAL_BUCKETS = 1024
 
 
-class ShardingConfig(BaseModel):
-    """The `sharding` section of a config.
-
-    Attributes:
-        type: one sharding type for all tables, or "auto": table-wise on CPU (the planner's mix is no faster there), the
-            planner's choice of table-, row- and column-wise on CUDA. Tables that Adam trains on a CPU are data-parallel,
-            since FBGEMM has no fused Adam there. Tables of raw ids are row-wise always.
-        comm_precision: in which pooled embeddings, their gradients and the dense gradients go from rank to rank; "bf16" on
-            CUDA only. The gradients of data-parallel tables stay float32: TorchRec averages them in a DDP of its own, which
-            takes no hook. Gradients of a mean loss shrink with the batch: at tens of thousands of rows a rank, fp16 loses
-            the small ones, and bf16, which has float32's range, is the better choice.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    type: Placement = "auto"
-    comm_precision: CommPrecision = "fp32"
-
-
-class BagSharder(EmbeddingBagCollectionSharder):
-    """TorchRec's sharder, with row-wise on CPU as well: its kernels and gloo can, only the default list leaves it out."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        types = super().sharding_types(compute_device_type)
-        return types if ShardingType.ROW_WISE.value in types else [*types, ShardingType.ROW_WISE.value]
-
-
-def shard(model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size: int) -> DistributedModelParallel:
+def shard(
+    model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size: int, plan: str | None = None
+) -> DistributedModelParallel:
     """Plans a model whose tables are on the meta device and wraps it; each rank makes only its own shards.
 
     Args:
-        model: any module tree with EmbeddingBagCollections.
+        model: any module tree with EmbeddingBagCollections or EmbeddingCollections.
         config: constraints.
         runtime: of this process.
         batch_size: rows per rank and step, for the planner's estimates.
+        plan: file of a plan, by `save_plan`, to be taken instead of the planner's.
 
     Raises:
-        UserError: the tables do not fit this topology under the constraints, or a precision is not one that it sends.
+        UserError: the tables do not fit this topology under the constraints, a precision is not one that it sends, or the
+            file's plan is of other tables or another job.
     """
     sharders = sharders_for(config, runtime.device)
-    plan = plan_sharding(model, config, topology(runtime), batch_size, sharders)
+    where = job_cluster(runtime, config.device).topology()
+    constraints = table_constraints(model, config, where)
+    _mark_virtual(model, constraints)
+
+    def place() -> ShardingPlan:
+        if plan is not None:
+            return load_plan(plan, model, where, constraints)
+        return plan_sharding(model, config, where, batch_size, sharders)
+
     alone = runtime.world_size == 1
     sharded = DistributedModelParallel(
         model,
         device=runtime.device,
-        plan=plan,
+        plan=runtime.from_main(place),
         sharders=sharders,
         init_data_parallel=not alone,
         data_parallel_wrapper=DefaultDataParallelWrapper(allreduce_comm_precision=config.comm_precision),
@@ -85,25 +76,28 @@ def shard(model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size
 
 
 def sharders_for(config: ShardingConfig, device: torch.device) -> list[ModuleSharder[nn.Module]]:
-    """What splits our embedding modules on this kind of device."""
-    bags = BagSharder(qcomm_codecs_registry=_codecs(config.comm_precision, device))
-    return [bags, ManagedSharder(bags)]
+    """What splits all collections that can be trained, on this kind of device.
+
+    Raises:
+        UserError: the processes of such devices do not send embeddings in the precision that is asked for.
+    """
+    codecs = _codecs(config.comm_precision, device)
+    bags = BagSharder(qcomm_codecs_registry=codecs)
+    return [bags, EmbeddingCollectionSharder(qcomm_codecs_registry=codecs), ManagedSharder(bags)]
 
 
 def plan_sharding(
     model: nn.Module, config: ShardingConfig, where: Topology, batch_size: int, sharders: list[ModuleSharder[nn.Module]]
 ) -> ShardingPlan:
-    """The planner's placement of every table, the same on all ranks.
+    """The planner's placement of every table; needs no process group.
 
     Raises:
-        UserError: no plan fits, or a table of raw ids cannot be split so (names it).
+        UserError: no plan fits, or a table cannot be split as is asked (names it).
     """
     constraints = table_constraints(model, config, where)
     planner = EmbeddingShardingPlanner(topology=where, constraints=constraints, batch_size=batch_size)
     try:
-        if where.world_size == 1:
-            return planner.plan(model, sharders)
-        return planner.collective_plan(model, sharders, dist.GroupMember.WORLD)
+        return planner.plan(model, sharders)
     except PlannerError as error:
         raise UserError(
             f"sharding.type={config.type}: no plan fits {where.world_size} x {where.compute_device}: {_first_line(error)}"
@@ -111,38 +105,59 @@ def plan_sharding(
 
 
 def table_constraints(model: nn.Module, config: ShardingConfig, where: Topology) -> dict[str, ParameterConstraints]:
-    """What the planner may choose for each table.
+    """Table -> what the planner may do with it.
 
     Raises:
-        UserError: a table of raw ids cannot be split so (names it).
+        UserError: a table is asked to be split in a way that it, or this topology, does not allow (names it).
     """
     constraints: dict[str, ParameterConstraints] = {}
     for module in embedding_modules(model).values():
         for table in table_configs(module):
-            placement: Placement = _row_wise(table, config.type, where) if is_managed(module) else config.type
-            # Slim tables are narrower than the planner's default smallest column shard.
-            narrowest = table.embedding_dim // where.world_size // KERNEL_MULTIPLE * KERNEL_MULTIPLE
-            constraints[table.name] = ParameterConstraints(
-                sharding_types=_allowed(placement, where.compute_device),
-                compute_kernels=[_kernel(placement)],
-                min_partition=max(KERNEL_MULTIPLE, narrowest) if placement == "column_wise" else None,
-            )
+            own = config.of(table.name)
+            if is_managed(module):
+                own = own.model_copy(update={"types": [_row_wise(table, own, config.type, where)]})
+            constraints[table.name] = _constraint(table, own, config.type, where)
     return constraints
 
 
-def topology(runtime: Runtime) -> Topology:
-    """This job's machines as the planner sees them: real memory sizes, not its 32 GB default."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
-    ddr = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
-    cuda = runtime.device.type == "cuda"
-    hbm = torch.cuda.get_device_properties(runtime.device).total_memory if cuda else None
-    return Topology(
-        world_size=runtime.world_size,
-        local_world_size=local,
-        compute_device=runtime.device.type,
-        hbm_cap=hbm,
-        ddr_cap=ddr,
+def _constraint(
+    table: EmbeddingBagConfig, own: TableSharding, default: Placement, where: Topology
+) -> ParameterConstraints:
+    types = own.types or _allowed(default, where.compute_device)
+    if default == "data_parallel" and types != ["data_parallel"]:
+        raise UserError(
+            f"sharding.tables.{table.name}.types={types}: its optimizer here is not fused, so it is data_parallel; "
+            "leave it out, or choose another train.table_optimizer"
+        )
+    if own.kernels != ["fused"] and where.compute_device == "cpu":
+        raise UserError(
+            f"sharding.tables.{table.name}.kernels={own.kernels}: a CPU job keeps tables in its memory, with kernel fused; "
+            "the others are for device=cuda"
+        )
+    dense = types == ["data_parallel"]
+    # Slim tables are narrower than the planner's default smallest column shard.
+    narrowest = own.min_partition
+    if types == ["column_wise"] and narrowest is None:
+        share = table.embedding_dim // where.world_size // KERNEL_MULTIPLE * KERNEL_MULTIPLE
+        narrowest = max(KERNEL_MULTIPLE, share)
+    return ParameterConstraints(
+        sharding_types=list(types),
+        compute_kernels=[EmbeddingComputeKernel.DENSE.value] if dense else list(own.kernels),
+        min_partition=narrowest and min(narrowest, table.embedding_dim),
+        pooling_factors=[own.pooling_factor] * len(table.feature_names),
+        cache_params=None if own.cache_load_factor is None else CacheParams(load_factor=own.cache_load_factor),
+        key_value_params=KeyValueParams(**own.key_value) if own.key_value else None,
+        use_virtual_table=not {*VIRTUAL}.isdisjoint(own.kernels),
     )
+
+
+def _mark_virtual(model: nn.Module, constraints: dict[str, ParameterConstraints]) -> None:
+    """Tells TorchRec, which reads it from the tables, which of them have no rows beforehand."""
+    for module in embedding_modules(model).values():
+        for table in table_configs(module):
+            if constraints[table.name].use_virtual_table:
+                table.use_virtual_table = True
+                table.total_num_buckets = _VIRTUAL_BUCKETS
 
 
 def _codecs(precision: CommPrecision, device: torch.device) -> dict[str, QuantizedCommCodecs] | None:
@@ -161,9 +176,9 @@ def raw_ids_refused(which: str) -> UserError:
     )
 
 
-def _row_wise(table: EmbeddingBagConfig, asked: Placement, where: Topology) -> Placement:
-    """The placement of a table of raw ids."""
-    if asked == "data_parallel":
+def _row_wise(table: EmbeddingBagConfig, own: TableSharding, asked: Placement, where: Topology) -> Placement:
+    """The sharding type of a table of raw ids."""
+    if asked == "data_parallel" or own.is_data_parallel:
         raise raw_ids_refused(f"table {table.name}")
     if table.num_embeddings % where.world_size or table.num_embeddings < 2 * where.world_size:
         raise UserError(
@@ -178,12 +193,7 @@ def _allowed(placement: Placement, device: str) -> list[str]:
         return [placement]
     if device == "cpu":
         return [ShardingType.TABLE_WISE.value]
-    return [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value]
-
-
-def _kernel(placement: Placement) -> str:
-    dense = placement == "data_parallel"
-    return EmbeddingComputeKernel.DENSE.value if dense else EmbeddingComputeKernel.FUSED.value
+    return [kind.value for kind in ShardingType if kind != ShardingType.DATA_PARALLEL]
 
 
 def _first_line(error: Exception) -> str:

@@ -8,12 +8,14 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
 
 from sseds_rec.errors import UserError
+
+T = TypeVar("T")
 
 PLAN_VERSION = 1
 BYTES_PER_PARAMETER = 4  # float32
@@ -44,8 +46,7 @@ class Table:
 
     @property
     def label(self) -> str:
-        """The name with what cannot be printed (control characters, lone surrogates) replaced."""
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in self.name)
+        return printable(self.name)
 
     @property
     def dim(self) -> int:
@@ -125,6 +126,24 @@ def read_run(run_dir: Path) -> Run:
         audit=_read(audit, _json_object) if (audit := run_dir / "search" / "audit.json").exists() else None,
         curves={stage: _curves(run_dir / stage / "history.jsonl") for stage in ("pretrain", "retrain")},
     )
+
+
+def printable(name: str) -> str:
+    """The name with what cannot be printed (control characters, lone surrogates) replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+
+
+def read_json_object(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    """What `parse` makes of a JSON file of the run.
+
+    Raises:
+        UserError: the file is missing, damaged or not as `parse` expects it.
+    """
+    content: dict[str, Any] = _read(path, _json_object)
+    try:
+        return parse(content)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: is not as it should be: {error!r}") from error
 
 
 def _read(path: Path, parse: Callable[[Path], Any]) -> Any:

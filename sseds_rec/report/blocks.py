@@ -9,6 +9,7 @@ import numpy as np
 from sseds_rec.report import figures
 from sseds_rec.report.artefacts import Run, Table
 from sseds_rec.report.numbers import mib, number, percent, text
+from sseds_rec.report.placement import Placements
 
 MAX_FIELDS = 40  # rows of a chart that are still legible; the table below the charts has every field
 
@@ -141,3 +142,14 @@ def training_blocks(run: Run) -> list[FigureBlock]:
             f"{text(best[1], '.4f')}.",
         ),
     ]
+
+
+def placement_block(placements: Placements) -> FigureBlock:
+    return FigureBlock(
+        id="ranks",
+        title="Embedding memory per rank",
+        svg=figures.memory_per_rank({"base": placements.base.mib, "slim": placements.slim.mib}),
+        caption="A step takes as long as its slowest rank, and a rank that is full ends the run: the lower and the more "
+        "even, the better (float32 weights, without optimizer state).",
+        alt=f"Bar chart of embedding weights per rank. {placements.summary}",
+    )

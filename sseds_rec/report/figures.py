@@ -265,3 +265,22 @@ def memory_per_field(names: Sequence[str], before: Sequence[float], after: Seque
     axes.grid(True, axis="x")
     figure.legend(loc="outside upper center", ncols=3)
     return figure
+
+
+@as_svg
+def memory_per_rank(mib: Mapping[str, np.ndarray]) -> Figure:
+    """What each rank holds, one outline a model.
+
+    Args:
+        mib: "base" and "slim" -> MiB of each rank, float [ranks]; their numbers may differ.
+    """
+    figure, axes = _figure(2.6)
+    for label, held in mib.items():
+        filled = label == "slim"
+        axes.stairs(held, np.arange(len(held) + 1) - 0.5, fill=filled, color=COLORS[label], linewidth=1.3, label=label)
+    axes.set(xlabel="rank", ylabel="embedding weights (MiB)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.grid(True, axis="y")
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure

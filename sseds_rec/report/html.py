@@ -10,8 +10,9 @@ import jinja2
 from sseds_rec.constants import STABLE
 from sseds_rec.files import write_atomic
 from sseds_rec.report.artefacts import BYTES_PER_PARAMETER, MIB, Run, read_run
-from sseds_rec.report.blocks import quality_block, search_blocks, training_blocks
+from sseds_rec.report.blocks import placement_block, quality_block, search_blocks, training_blocks
 from sseds_rec.report.numbers import count, number, percent, text
+from sseds_rec.report.placement import read_placements
 
 _WORDS = {0.5: "Half", 0.25: "A quarter", 0.2: "A fifth", 0.1: "A tenth", 0.05: "A twentieth", 0.01: "A hundredth"}
 
@@ -36,6 +37,7 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(count=count, percent=percent)
+    placements = read_placements(run)
     return environment.get_template("report.html.j2").render(
         name=str(run.config.get("name", run.directory.name)),
         headline=_headline(run),
@@ -46,6 +48,8 @@ def render(run: Run) -> str:
         search=search_blocks(run),
         training=training_blocks(run),
         tables=sorted(run.tables, key=lambda table: -table.parameters_before),
+        placements=placements,
+        per_rank=placement_block(placements) if placements and placements.base.ranks > 1 else None,
         padded=any(table.stored_dim != table.dim for table in run.tables),
         commands=_commands(run),
         config_text=run.config_text,

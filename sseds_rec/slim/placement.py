@@ -19,8 +19,8 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from sseds_rec.constants import KERNEL_MULTIPLE
+from sseds_rec.distributed.machine import job_cluster
 from sseds_rec.distributed.runtime import Runtime
-from sseds_rec.distributed.sharding import topology
 from sseds_rec.distributed.tables import table_configs
 from sseds_rec.errors import UserError
 
@@ -57,7 +57,7 @@ def shard_alike(model: DistributedModelParallel, tree: nn.Module) -> Distributed
     env = model._env
     constraints = _constraints(model.plan, tree)
     planner = EmbeddingShardingPlanner(
-        topology=topology(Runtime(env.rank, env.world_size, model.device)), constraints=constraints
+        topology=job_cluster(Runtime(env.rank, env.world_size, model.device)).topology(), constraints=constraints
     )
     sharded = DistributedModelParallel(
         tree,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from sseds_rec.distributed.sharding import Placement
+from sseds_rec.distributed.sharding_config import Placement
 from sseds_rec.distributed.tables import embedding_modules
 from sseds_rec.errors import UserError
 from sseds_rec.training.config import TableOptimizer, TrainConfig
@@ -62,13 +62,34 @@ def placement_for(optimizer: TableOptimizer, placement: Placement, device: torch
 
 
 def fuse_table_optimizer(
-    model: nn.Module, optimizer: TableOptimizer, learning_rate: float, placement: Placement
+    model: nn.Module,
+    optimizer: TableOptimizer,
+    learning_rate: float,
+    placement: Placement,
+    data_parallel: Collection[str] = (),
 ) -> None:
-    """Before sharding: has the tables updated inside their backward, unless they are data-parallel."""
+    """Before sharding: has the tables updated inside their backward, unless they are data-parallel.
+
+    Args:
+        model: not yet sharded.
+        optimizer: of the tables.
+        learning_rate: of the tables.
+        placement: sharding type of all tables.
+        data_parallel: tables of which it is another.
+
+    Raises:
+        UserError: the optimizer exists fused only, and some table is data-parallel.
+    """
     if placement == "data_parallel":
         return
+    if data_parallel and optimizer not in _DATA_PARALLEL:
+        raise UserError(
+            f"sharding.tables.{min(data_parallel)}: data_parallel with train.table_optimizer={optimizer}: it exists fused only; "
+            f"use {', '.join(_DATA_PARALLEL)}"
+        )
     for module in embedding_modules(model).values():
-        apply_optimizer_in_backward(_FUSED[optimizer], module.parameters(), {"lr": learning_rate})
+        fused = [weight for name, weight in module.named_parameters() if name.split(".")[-2] not in data_parallel]
+        apply_optimizer_in_backward(_FUSED[optimizer], fused, {"lr": learning_rate})
 
 
 def build_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
