@@ -125,17 +125,25 @@ def smallest_cluster(workload: Workload, like: Cluster) -> Cluster | None:
     """
     for devices in [1 << power for power in range((like.per_node - 1).bit_length())]:
         alone = replace(like, nodes=1, per_node=devices)
-        if fits(workload, alone):
+        if _can(workload, alone):
             return alone
     low, high = 0, 1
-    while not fits(workload, replace(like, nodes=high)):
+    while not _can(workload, replace(like, nodes=high)):
         if high >= MOST_NODES:
             return None
         low, high = high, min(2 * high, MOST_NODES)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(workload, replace(like, nodes=middle)) else (middle, high)
+        low, high = (low, middle) if _can(workload, replace(like, nodes=middle)) else (middle, high)
     return replace(like, nodes=high)
+
+
+def _can(workload: Workload, cluster: Cluster) -> bool:
+    """Whether there is a plan; no, if a table cannot be split over so many ranks at all."""
+    try:
+        return fits(workload, cluster)
+    except UserError:
+        return False
 
 
 def _with_memory(cluster: Cluster, memory: int) -> Cluster:

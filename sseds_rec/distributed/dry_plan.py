@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,8 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ShardingType
 
-from sseds_rec.distributed.hardware import MARGIN, Cluster
+from sseds_rec.distributed.hardware import Cluster
+from sseds_rec.distributed.reservation import storage_reservation
 from sseds_rec.distributed.sharding import sharders_for, table_constraints
 from sseds_rec.distributed.tables import embedding_modules, table_configs
 from sseds_rec.distributed.workload import Workload
@@ -100,13 +100,11 @@ class _Attempt:
         self._workload, self._cluster = workload, cluster
         where, rows = cluster.topology(), workload.rows(cluster.world_size)
         constraints = table_constraints(workload.model, workload.sharding, where)
-        self._dense = workload.beside_tables(cluster.world_size) + _replicated_bytes(workload, constraints)
+        dense = workload.beside_tables(cluster.world_size) + _replicated_bytes(workload, constraints)
         self._all_in_memory = all(
             {_FUSED, _DENSE}.issuperset(own.compute_kernels or ()) for own in constraints.values()
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the estimate of the dense part that it warns of is ours
-            self._reservation = HeuristicalStorageReservation(MARGIN, dense_tensor_estimate=max(1, self._dense))
+        self._reservation = storage_reservation(dense)
         self._chosen = _Chosen()
         estimators = [
             EmbeddingPerfEstimatorFactory.create(_ESTIMATOR, topology=where, constraints=constraints),

@@ -24,6 +24,7 @@ from sseds_rec.constants import KERNEL_MULTIPLE
 from sseds_rec.distributed.machine import job_cluster
 from sseds_rec.distributed.managed import ManagedSharder, is_managed
 from sseds_rec.distributed.plan_file import load_plan
+from sseds_rec.distributed.reservation import storage_reservation
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharders import BagSharder
 from sseds_rec.distributed.sharding_config import VIRTUAL, CommPrecision, Placement, ShardingConfig, TableSharding
@@ -95,7 +96,9 @@ def plan_sharding(
         UserError: no plan fits, or a table cannot be split as is asked (names it).
     """
     constraints = table_constraints(model, config, where)
-    planner = EmbeddingShardingPlanner(topology=where, constraints=constraints, batch_size=batch_size)
+    planner = EmbeddingShardingPlanner(
+        topology=where, constraints=constraints, batch_size=batch_size, storage_reservation=storage_reservation()
+    )
     try:
         return planner.plan(model, sharders)
     except PlannerError as error:

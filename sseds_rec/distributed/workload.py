@@ -15,7 +15,7 @@ from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, DataType, Emb
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from sseds_rec.constants import stored_dim
-from sseds_rec.distributed.sharding import ShardingConfig
+from sseds_rec.distributed.sharding_config import ShardingConfig
 from sseds_rec.distributed.tables import embedding_modules, table_configs
 from sseds_rec.footprint import Optimizer, Precision, state_bytes
 
