@@ -123,7 +123,7 @@ def _states(train: TrainConfig) -> float:
     optimizer = getattr(torch.optim, train.optimizer)([parameter], **train.optimizer_options)
     optimizer.step()
     kept = [value.numel() for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
-    return sum(kept) / parameter.numel()
+    return sum(size for size in kept if size > 1) / parameter.numel()  # one number is a count of steps
 
 
 def _of_tables(path: str, plan: DimensionPlan | None, options: TableOptions) -> tuple[Workload, Workload | None]:
