@@ -25,7 +25,7 @@ from torchrec.distributed.planner.types import (
     Storage,
     Topology,
 )
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from sseds_rec.distributed.hardware import Cluster
 from sseds_rec.distributed.reservation import storage_reservation
@@ -53,6 +53,7 @@ class Placement:
         ddr: bytes in host memory, of GPUs' tables that are there, int64 [ranks].
         step: fwd_compute, fwd_comms, bwd_compute, bwd_comms -> ms a step: the longest rank's in each, by the planner's model.
         sharding_types, kernels: -> number of tables.
+        plan: as TorchRec takes it.
     """
 
     cluster: Cluster
@@ -61,6 +62,7 @@ class Placement:
     step: dict[str, float]
     sharding_types: dict[str, int]
     kernels: dict[str, int]
+    plan: ShardingPlan
 
     @property
     def used(self) -> np.ndarray:
@@ -162,6 +164,7 @@ class _Attempt:
             step=_critical_path(self._chosen.options),
             sharding_types=dict(Counter(option.sharding_type for option in self._chosen.options).most_common()),
             kernels=dict(Counter(option.compute_kernel for option in self._chosen.options).most_common()),
+            plan=self._chosen.plan,
         )
 
 
@@ -170,9 +173,10 @@ class _Chosen(Stats):
 
     def __init__(self) -> None:
         self.options: list[ShardingOption] = []
+        self.plan = ShardingPlan({})
 
-    def log(self, *args: Any, best_plan: list[ShardingOption], **facts: Any) -> None:
-        self.options = best_plan
+    def log(self, *args: Any, sharding_plan: ShardingPlan, best_plan: list[ShardingOption], **facts: Any) -> None:
+        self.options, self.plan = best_plan, sharding_plan
 
 
 class _Enumerator(EmbeddingEnumerator):
