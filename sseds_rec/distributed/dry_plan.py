@@ -28,6 +28,7 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from sseds_rec.distributed.hardware import Cluster
+from sseds_rec.distributed.managed import IdTable
 from sseds_rec.distributed.reservation import storage_reservation
 from sseds_rec.distributed.sharding import sharders_for, table_constraints
 from sseds_rec.distributed.tables import embedding_modules, table_configs
@@ -127,6 +128,9 @@ class _Attempt:
         """Whether there is a plan."""
         if self._all_in_memory and need(self._workload, self._cluster) > self._cluster.usable:
             return False
+        for module in self._workload.model.modules():
+            if isinstance(module, IdTable):
+                module.planned_ranks = self._cluster.world_size
         try:
             self._planner.plan(self._workload.model, self._sharders)
         except PlannerError:

@@ -294,3 +294,31 @@ def test_bad_lists_of_tables(tables: list[dict[str, Any]], says: str, tmp_path: 
     (tmp_path / "tables.json").write_text(json.dumps(tables))
     done = sseds("forecast", tmp_path / "tables.json", "--cluster", "1x1xT4")
     assert done.code == 2 and says in done.err and len(done.err.strip().splitlines()) == 1
+
+
+def test_raw_ids_and_tables_in_host_memory(tmp_path: Path, sseds: Sseds) -> None:
+    """A billion raw ids have a map of three int64 a row, split over the ranks; a table in host memory takes none of a GPU's."""
+    rows = {"user": 10**9, "ad": 4 * 10**8}
+    fields = [
+        {"name": name, "kind": "categorical", "transform": kind, "cardinality": n}
+        for (name, n), kind in zip(rows.items(), ("raw", "hash"), strict=True)
+    ]
+    splits = {name: {"rows": 10**6, "positives": 1, "files": []} for name in ("train", "validation", "test")}
+    schema = {"version": 1, "label": "y", "seed": 0, "source": {}, "fields": fields, "splits": splits}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "raw.yaml").write_text(
+        f"name: raw\ndata: {{path: {tmp_path}}}\nmodel: {{embedding_dim: 32}}\n"
+        "train: {table_optimizer: rowwise_adagrad, batch_size: 4096}\nsharding: {tables: {ad: {kernels: [fused_uvm]}}}\n"
+    )
+    found = {}
+    for cluster in ("1x8xA100-80GB", "2x8xA100-80GB"):
+        done = sseds("forecast", tmp_path / "raw.yaml", "--cluster", cluster, "--json")
+        assert done.code == 0, done.err
+        found[cluster] = done.json["base"]
+        assert done.json["base"]["kernels"] == {"fused": 1, "fused_uvm": 1}
+        assert done.json["base"]["sharding_types"]["row_wise"] >= 1
+    eight, sixteen = (own["bytes_per_rank"] for own in found.values())
+    assert eight["weights"]["max"] == rows["user"] // 8 * 32 * 4
+    assert eight["ddr"]["mean"] * 8 == pytest.approx(rows["ad"] * (32 + 1) * 4)
+    saved = eight["dense"]["max"] - sixteen["dense"]["max"]
+    assert saved == pytest.approx(rows["user"] * 24 / 16, rel=1e-3)
