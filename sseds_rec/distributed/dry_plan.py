@@ -15,7 +15,6 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
-from torchrec.distributed.planner.storage_reservations import HeuristicalStorageReservation
 from torchrec.distributed.planner.types import (
     ParameterConstraints,
     PlannerError,
@@ -26,6 +25,7 @@ from torchrec.distributed.planner.types import (
     Topology,
 )
 from torchrec.distributed.types import ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS
 
 from sseds_rec.distributed.hardware import Cluster
 from sseds_rec.distributed.managed import IdTable
@@ -104,9 +104,7 @@ class _Attempt:
         where, rows = cluster.topology(), workload.rows(cluster.world_size)
         constraints = table_constraints(workload.model, workload.sharding, where)
         dense = workload.beside_tables(cluster.world_size) + _replicated_bytes(workload, constraints)
-        self._all_in_memory = all(
-            {_FUSED, _DENSE}.issuperset(own.compute_kernels or ()) for own in constraints.values()
-        )
+        self._least = _least(workload, cluster, constraints)
         self._reservation = storage_reservation(dense)
         self._chosen = _Chosen()
         estimators = [
@@ -117,7 +115,7 @@ class _Attempt:
             topology=where,
             batch_size=rows,
             constraints=constraints,
-            enumerator=_Enumerator(self._reservation, where, rows, constraints, estimators),
+            enumerator=_Enumerator(where, rows, constraints, estimators),
             storage_reservation=self._reservation,
             proposer=_until_first() if first else None,
             stats=[self._chosen],
@@ -126,7 +124,7 @@ class _Attempt:
 
     def run(self) -> bool:
         """Whether there is a plan."""
-        if self._all_in_memory and need(self._workload, self._cluster) > self._cluster.usable:
+        if self._least > self._cluster.usable:
             return False
         for module in self._workload.model.modules():
             if isinstance(module, IdTable):
@@ -184,31 +182,13 @@ class _Chosen(Stats):
 
 
 class _Enumerator(EmbeddingEnumerator):
-    """The planner's, in an order of its own: TorchRec's goes by a set of strings, and so do ties between plans.
-
-    Ends the planning if the tables, each at its smallest, are too large for all devices together.
-    """
-
-    def __init__(self, reservation: HeuristicalStorageReservation, where: Topology, *args: Any) -> None:
-        super().__init__(where, *args)
-        self._reservation, self._on_gpu = reservation, where.compute_device == "cuda"
+    """The planner's, in an order of its own: TorchRec's goes by a set of strings, and so do ties between plans."""
 
     def enumerate(self, *args: Any, **options: Any) -> list[ShardingOption]:
         found = super().enumerate(*args, **options)
-        least: dict[str, int] = {}
-        for option in found:
-            size = self._in_memory(option.total_storage)
-            least[option.fqn] = min(size, least.get(option.fqn, size))
-        left = self._reservation.last_reserved_topology
-        assert left is not None, "the planner reserves before it enumerates"
-        if sum(least.values()) > sum(self._in_memory(device.storage) for device in left.devices):
-            raise PlannerError("the tables are larger than all devices together")
-        place = {name: place for place, name in enumerate(least)}
+        place = {option.fqn: place for place, option in enumerate(found)}
         simple = ShardingType.TABLE_WISE.value
         return sorted(found, key=lambda o: (place[o.fqn], o.sharding_type != simple, o.sharding_type, o.compute_kernel))
-
-    def _in_memory(self, storage: Storage) -> int:
-        return storage.hbm if self._on_gpu else storage.ddr
 
 
 class _StorageEstimator(EmbeddingStorageEstimator):
@@ -254,6 +234,24 @@ def _until_first() -> list[Proposer]:
     proposers = [UniformProposer(), GreedyProposer(), GreedyProposer(use_depth=False), GridSearchProposer()]
     found: list[bool] = []
     return [_UntilFirst(proposer, found) for proposer in proposers]
+
+
+def _least(workload: Workload, cluster: Cluster, constraints: dict[str, ParameterConstraints]) -> int:
+    """Bytes of all devices together below which there is no plan: then the planner is not asked; 0 if that cannot be said.
+
+    Each rank has ids of 8 bytes in twenty places, the size of TorchRec's reservation. Whatever the sharding type, each id is once
+    on a rank that has the table, and each pooled row as well.
+    """
+    if not all({_FUSED, _DENSE}.issuperset(own.compute_kernels or ()) for own in constraints.values()):
+        return 0
+    numbers = 0.0
+    for module in embedding_modules(workload.model).values():
+        for table in table_configs(module):
+            for factor in constraints[table.name].pooling_factors:
+                numbers += (1 + 20) * 8 * factor
+                numbers += min(1.0, factor) * table.embedding_dim * DATA_TYPE_NUM_BITS[table.data_type] / 8
+    ranks = cluster.world_size
+    return need(workload, cluster) + int(numbers * workload.rows(ranks) * ranks)
 
 
 def _critical_path(options: list[ShardingOption]) -> dict[str, float]:
