@@ -5,12 +5,16 @@ goes to the verb as it stands: config overrides, and its other options. See docs
 """
 
 import inspect
+import os
 import re
+import shlex
+import shutil
 import sys
-from typing import Any, Callable, Dict, List, NoReturn, Optional  # TorchX reads no newer spelling of types
+import sysconfig
+from typing import Any, Callable, Dict, List, NoReturn, Optional
 
 from torchx.components.dist import ddp
-from torchx.specs import AppDef, parse_mounts
+from torchx.specs import NULL_RESOURCE, AppDef, parse_mounts
 
 
 def _launch(
@@ -21,9 +25,9 @@ def _launch(
     image: str = "sseds-rec",
     name: Optional[str] = None,
     h: Optional[str] = None,
-    cpu: int = -1,
+    cpu: int = 0,
     gpu: int = 0,
-    memMB: int = -1,
+    memMB: int = 0,
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
     max_retries: int = 0,
@@ -40,9 +44,9 @@ def _launch(
         image: container image with sseds_rec in it; local_cwd and slurm need none
         name: of the job, or experiment/job; sseds-VERB if not given
         h: named resource of a node, in place of cpu, gpu and memMB
-        cpu: cores of a node, which its processes share; -1 leaves them to the scheduler
-        gpu: GPUs of a node, at least one a process
-        memMB: memory of a node in MB; -1 leaves it to the scheduler (aws_batch needs it)
+        cpu: cores of a node, which its processes share; 0 for one each, and for what the scheduler gives a single one
+        gpu: GPUs of a node, at least one a process; 0 for none
+        memMB: memory of a node in MB; 0 for what the scheduler gives (aws_batch gives none)
         env: environment of the nodes, as in A=1,B=2
         mounts: of the container, as in type=bind,src=/data,dst=/data,readonly
         max_retries: how often the scheduler starts a failed job again
@@ -67,9 +71,9 @@ def _launch(
             image=image,
             name=name or f"sseds-{verb}",
             h=h,
-            cpu=cpu,
+            cpu=cpu or (processes if processes > 1 else NULL_RESOURCE.cpu),
             gpu=gpu,
-            memMB=memMB,
+            memMB=memMB or NULL_RESOURCE.memMB,
             j=j,
             env=environment,
             max_retries=max_retries,
@@ -83,8 +87,11 @@ def _launch(
     role.name = verb
     if 0 < role.resource.gpu < processes:
         _refuse(verb, f"-j {j}: {processes} processes need as many GPUs a node, and it has {role.resource.gpu}")
-    if role.resource.cpu > 0:  # else torchrun's rule: one thread each where a node has several processes
+    if role.resource.cpu > 0:
         role.env.setdefault("OMP_NUM_THREADS", str(max(1, role.resource.cpu // processes)))
+    scripts = sysconfig.get_path("scripts")
+    if shutil.which("torchrun") != os.path.join(scripts, "torchrun"):  # this environment is not the active one
+        role.args[-1] = f'PATH={shlex.quote(scripts)}:"$$PATH" {role.args[-1]}'
     return app
 
 
@@ -137,9 +144,7 @@ def train(*overrides: str, config: str, run_dir: Optional[str] = None, **launch:
 
 
 @_launchable
-def search(
-    *overrides: str, config: str, run_dir: Optional[str] = None, paper: bool = False, **launch: Any
-) -> AppDef:
+def search(*overrides: str, config: str, run_dir: Optional[str] = None, paper: bool = False, **launch: Any) -> AppDef:
     """Scores the trained model's columns and spends the budget: plan.json.
 
     Args:
@@ -198,9 +203,7 @@ def slim(
 
 
 @_launchable
-def evaluate(
-    *overrides: str, config: str, run_dir: Optional[str] = None, paper: bool = False, **launch: Any
-) -> AppDef:
+def evaluate(*overrides: str, config: str, run_dir: Optional[str] = None, paper: bool = False, **launch: Any) -> AppDef:
     """Measures a trained model's quality and its speed of inference.
 
     Args:

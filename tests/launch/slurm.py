@@ -1,11 +1,11 @@
 """A Slurm cluster on this machine: its own daemons, configuration, sockets and ports, in one folder, gone at the end.
 
-Nothing that is installed under /etc or runs already is used or changed. All daemons run as the user who starts them, so that
-user must be root (slurmd starts jobs as their owner).
+Nothing under /etc and no daemon that runs already is used or changed. It runs the jobs of the user who starts it.
 """
 
 from __future__ import annotations
 
+import getpass
 import os
 import secrets
 import shutil
@@ -16,86 +16,84 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-DAEMONS = ["munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd"]
+PROGRAMS = ["munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch"]
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
-#: The names of the nodes are addresses of the loopback device: a job finds its first node by name, in whatever /etc/hosts.
+#: Nodes are named by addresses of the loopback device, so that jobs find the first one whatever /etc/hosts says.
 NODES = ["127.0.0.1", "127.0.0.2"]
 
 
+def missing() -> list[str]:
+    """Programs of the cluster that are not installed."""
+    return [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
+
+
 @contextmanager
-def slurm_cluster(folder: Path, memory_mb: int = 8192) -> Iterator[dict[str, str]]:
-    """Brings up munge, MariaDB, slurmdbd, slurmctld and two slurmd; stops all of them at the end.
+def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
+    """Brings up munge, MariaDB, slurmdbd, slurmctld and a slurmd for each node; at the end stops jobs and daemons.
 
     Args:
-        folder: a new folder for configuration, state and logs.
-        memory_mb: memory of a node as Slurm counts it, whatever the machine has.
+        folder: a new folder for configuration, state and logs; its path is short, since it holds sockets.
 
     Yields:
-        The environment in which sbatch, sacct and others talk to this cluster.
+        What to add to the environment so that sbatch, sacct and the others talk to this cluster.
 
     Raises:
         RuntimeError: a daemon ended or did not answer in time; the message ends with the last lines of its log.
     """
     folder.mkdir(mode=0o700)
-    environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    variables = {"SLURM_CONF": str(folder / "slurm.conf")}
+    daemons = _Daemons(folder, {**os.environ, **variables, "PATH": PATH})
     database, accounting, controller, *nodes = _free_ports(3 + len(NODES))
-    running: list[subprocess.Popen[bytes]] = []
+    munge = folder / "munge.socket"
+    try:
+        _private(folder / "munge.key", secrets.token_bytes(128))
+        own = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+        daemons.start(["munged", "--foreground", "--force", f"--socket={munge}", *own], munge.exists)
 
-    def start(name: str, *command: object) -> subprocess.Popen[bytes]:
-        with (folder / f"{name}.log").open("wb") as log:
-            arguments = [str(part) for part in command]
-            daemon = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment, start_new_session=True)
-        running.append(daemon)
-        return daemon
+        password = secrets.token_hex()
+        _start_database(daemons, folder, database, password)
+        _configure(folder, munge, database, password, accounting, controller, nodes)
+        daemons.start(["slurmdbd", "-D"], lambda: _listens(accounting))
+        daemons.start(["slurmctld", "-D"], lambda: daemons.ask("scontrol", "ping") is not None)
+        for name in NODES:
+            state = ["sinfo", "--noheader", "--Node", "--nodes", name, "--format", "%t"]
+            daemons.start(["slurmd", "-D", "-N", name], lambda state=state: daemons.ask(*state) == "idle")
+        yield variables
+    finally:
+        daemons.ask("scancel", "--user", getpass.getuser())  # a job outlives its slurmd
+        deadline = time.monotonic() + 20
+        while daemons.ask("squeue", "--noheader") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        daemons.stop()
 
-    def wait(name: str, daemon: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+
+class _Daemons:
+    """Processes that are started one after another, each when the one before answers, and stopped in reverse."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.environment = environment
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def start(self, command: list[str], ready: Callable[[], bool]) -> None:
+        log = self.folder / f"{command[0]}{len(self.running)}.log"
+        with log.open("wb") as file:
+            daemon = subprocess.Popen(command, stdout=file, stderr=file, env=self.environment, start_new_session=True)
+        self.running.append(daemon)
         deadline = time.monotonic() + 60
         while not ready():
             if daemon.poll() is not None or time.monotonic() > deadline:
-                lines = (folder / f"{name}.log").read_text().splitlines()[-5:]
-                raise RuntimeError(f"{name} did not come up: " + " | ".join(lines))
+                raise RuntimeError(f"{command[0]} did not come up: " + " | ".join(log.read_text().splitlines()[-5:]))
             time.sleep(0.05)
 
-    def answers(*command: str) -> bool:
-        return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    def ask(self, *command: str) -> str | None:
+        """What a client prints; None if it fails."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
 
-    try:
-        key, munge_socket = folder / "munge.key", folder / "munge.socket"
-        key.touch(mode=0o600)
-        key.write_bytes(secrets.token_bytes(128))
-        own = [f"--{name}-file={folder / f'munge.{name}'}" for name in ("key", "pid", "log", "seed")]
-        daemon = start("munged", "munged", "--foreground", "--force", "--num-threads=1", f"--socket={munge_socket}", *own)
-        wait("munged", daemon, munge_socket.exists)
-
-        password = secrets.token_hex()
-        _configure(folder, munge_socket, database, accounting, controller, nodes, password, memory_mb)
-        subprocess.run(
-            ["mariadb-install-db", "--no-defaults", f"--datadir={folder / 'database'}", "--user=root"],
-            check=True,
-            capture_output=True,
-        )
-        sql = folder / "grant.sql"
-        sql.touch(mode=0o600)
-        sql.write_text(
-            f"CREATE USER slurm@'127.0.0.1' IDENTIFIED BY '{password}';\nGRANT ALL ON slurm.* TO slurm@'127.0.0.1';\n"
-        )
-        daemon = start(
-            "mariadbd",
-            *["mariadbd", "--no-defaults", "--user=root", "--skip-name-resolve", "--bind-address=127.0.0.1"],
-            *[f"--port={database}", f"--datadir={folder / 'database'}", f"--init-file={sql}"],
-            *[f"--socket={folder / 'database.socket'}", f"--pid-file={folder / 'database.pid'}"],
-        )
-        wait("mariadbd", daemon, lambda: _listens(database))
-        daemon = start("slurmdbd", "slurmdbd", "-D")
-        wait("slurmdbd", daemon, lambda: _listens(accounting))
-        daemon = start("slurmctld", "slurmctld", "-D", "-c")
-        wait("slurmctld", daemon, lambda: answers("scontrol", "ping"))
-        for name in NODES:
-            daemon = start(f"slurmd-{name}", "slurmd", "-D", "-N", name)
-            wait(f"slurmd-{name}", daemon, lambda name=name: _idle(name, environment))  # type: ignore[misc]
-        yield environment
-    finally:
-        for daemon in reversed(running):
+    def stop(self) -> None:
+        for daemon in reversed(self.running):
             daemon.terminate()
             try:
                 daemon.wait(20)
@@ -104,31 +102,29 @@ def slurm_cluster(folder: Path, memory_mb: int = 8192) -> Iterator[dict[str, str
                 daemon.wait()
 
 
-def missing() -> list[str]:
-    """Names of the daemons that are not installed."""
-    return [name for name in DAEMONS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+def _start_database(daemons: _Daemons, folder: Path, port: int, password: str) -> None:
+    data, user = folder / "database", f"--user={getpass.getuser()}"
+    install = ["mariadb-install-db", "--no-defaults", f"--datadir={data}", user]
+    subprocess.run(install, env=daemons.environment, check=True, capture_output=True)
+    grant = folder / "grant.sql"
+    statements = [
+        f"CREATE USER slurm@'127.0.0.1' IDENTIFIED BY '{password}';",
+        "GRANT ALL ON slurm.* TO slurm@'127.0.0.1';",
+    ]
+    _private(grant, "\n".join(statements).encode())
+    own = [f"--datadir={data}", f"--socket={folder}/database.socket", f"--pid-file={folder}/database.pid"]
+    network = ["--skip-name-resolve", "--bind-address=127.0.0.1", f"--port={port}"]
+    daemons.start(["mariadbd", "--no-defaults", user, *own, *network, f"--init-file={grant}"], lambda: _listens(port))
 
 
 def _configure(
-    folder: Path,
-    munge_socket: Path,
-    database: int,
-    accounting: int,
-    controller: int,
-    nodes: list[int],
-    password: str,
-    memory_mb: int,
+    folder: Path, munge: Path, database: int, password: str, accounting: int, controller: int, nodes: list[int]
 ) -> None:
     machine = socket.gethostname().partition(".")[0]
-    (folder / "state").mkdir()
-    common = f"""
-AuthType=auth/munge
-AuthInfo=socket={munge_socket}
-SlurmUser=root
-"""
-    dbd = folder / "slurmdbd.conf"
-    dbd.touch(mode=0o600)
-    dbd.write_text(f"""{common}
+    user = getpass.getuser()
+    # A job that is put back in the queue waits until its credentials have expired: 120 seconds by default.
+    common = f"AuthType=auth/munge\nAuthInfo=socket={munge},cred_expire=5\nSlurmUser={user}\n"
+    dbd = f"""{common}
 DbdHost={machine}
 DbdAddr=127.0.0.1
 DbdPort={accounting}
@@ -139,40 +135,44 @@ StoragePort={database}
 StorageUser=slurm
 StoragePass={password}
 StorageLoc=slurm
-""")
-    lines = [
-        f"NodeName={name} NodeHostname={machine} NodeAddr={name} Port={port} CPUs=4 RealMemory={memory_mb}"
+"""
+    _private(folder / "slurmdbd.conf", dbd.encode())
+    (folder / "state").mkdir()
+    lines = "\n".join(
+        f"NodeName={name} NodeHostname={machine} NodeAddr={name} Port={port} CPUs=4 RealMemory=8192"
         for name, port in zip(NODES, nodes, strict=True)
-    ]
-    (folder / "slurm.conf").write_text(f"""{common}
+    )
+    conf = f"""{common}
 ClusterName=test
 SlurmctldHost={machine}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdUser={user}
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdSpoolDir={folder}/spool-%n
-StateSaveLocation={folder}/state
+SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
-SlurmdParameters=config_overrides
-SchedulerParameters=sched_interval=1,bf_interval=1
+SchedulerParameters=bf_interval=1
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={accounting}
-AccountingStoragePass={munge_socket}
+AccountingStoragePass={munge}
 ReturnToService=2
-{chr(10).join(lines)}
+KillWait=2
+{lines}
 PartitionName=main Nodes={",".join(NODES)} Default=YES MaxTime=60
-""")
+"""
+    (folder / "slurm.conf").write_text(conf)
 
 
-def _idle(node: str, environment: dict[str, str]) -> bool:
-    command = ["sinfo", "--noheader", "--Node", "--nodes", node, "--format", "%t"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout.strip() == "idle"
+def _private(path: Path, content: bytes) -> None:
+    path.touch(mode=0o600)
+    path.write_bytes(content)
 
 
 def _listens(port: int) -> bool:
