@@ -17,11 +17,51 @@ from tests.command import COMPONENTS, Command, torchx
 from tests.launch.slurm import missing, slurm_cluster
 from tests.launch.test_local import free_port
 
-Torchx = Callable[..., Command]
+
+class Cluster:
+    """The user's side of a cluster, in the folder in which Slurm writes its logs."""
+
+    def __init__(self, variables: dict[str, str], folder: Path) -> None:
+        self.variables = variables
+        self.folder = folder
+
+    def torchx(self, *args: object) -> str:
+        done = torchx(*args, cwd=self.folder, **self.variables)
+        assert done.code == 0, done.err
+        return done.out
+
+    def slurm(self, *command: str) -> list[str]:
+        """The lines that a program of Slurm prints."""
+        environment = {**os.environ, **self.variables}
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+
+    def submit(self, verb: str, *args: object) -> tuple[str, str]:
+        """The job's handle and its number."""
+        handle = self.torchx("run", "-s", "slurm", f"{COMPONENTS}:{verb}", "--memMB", 2000, *args).strip()
+        assert handle.startswith("slurm://torchx/")
+        return handle, handle.rpartition("/")[2]
+
+    def accounts(self, job: str, fields: str) -> list[str]:
+        """One line for each time that each part of the job was started."""
+        flags = ["--duplicates", "--allocations", "--noheader", "--parsable2"]
+        return self.slurm("sacct", *flags, "--format", fields, "-j", job)
+
+    def wait(self, handle: str) -> str:
+        """What TorchX says of the job when it has ended."""
+        wait_for("the end of the job", lambda: not self.slurm("squeue", "--noheader"))
+        wait_for("its account", lambda: "RUNNING" not in self.torchx("status", handle))
+        return self.torchx("status", handle)
+
+
+def wait_for(what: str, happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 180
+    while not happened():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[dict[str, str]]:
+def daemons() -> Iterator[dict[str, str]]:
     if missing():
         pytest.fail(f"no {', '.join(missing())} found: install what `make tools` installs", pytrace=False)
     with tempfile.TemporaryDirectory() as folder, slurm_cluster(Path(folder) / "slurm") as variables:
@@ -29,75 +69,40 @@ def cluster() -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def on_cluster(cluster: dict[str, str], tmp_path: Path) -> Torchx:
-    """TorchX in the folder in which Slurm writes its logs."""
-    return lambda *args: torchx(*args, cwd=tmp_path, **cluster)
+def cluster(daemons: dict[str, str], tmp_path: Path) -> Cluster:
+    return Cluster(daemons, tmp_path)
 
 
-def submit(on_cluster: Torchx, verb: str, *args: object) -> str:
-    """The job's handle."""
-    done = on_cluster("run", "-s", "slurm", f"{COMPONENTS}:{verb}", "--memMB", 2000, *args)
-    assert done.code == 0, done.err
-    handle = done.out.strip()
-    assert handle.startswith("slurm://torchx/")
-    return handle
-
-
-def wait_for(what: str, happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 180
-    while not happened():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.2)
-
-
-def succeeded(on_cluster: Torchx, handle: str) -> bool:
-    status = on_cluster("status", handle).out
-    assert "FAILED" not in status and "CANCELLED" not in status, status
-    return "State: SUCCEEDED" in status
-
-
-def last_line(log: str) -> Any:
-    return json.loads(log[log.rindex('{"verb"') :].splitlines()[0])
+def metrics(run: Path) -> Any:
+    return json.loads((run / "metrics.json").read_text())
 
 
 def test_job_that_is_preempted_goes_on_from_its_checkpoint(
-    on_cluster: Torchx, cluster: dict[str, str], config: Path, finished_run: Path, tmp_path: Path
+    cluster: Cluster, config: Path, tmp_path: Path, sseds: Callable[..., Command]
 ) -> None:
     run = tmp_path / "run"
+    settings = ["train.epochs=8", "train.checkpoint_steps=10"]
     launch = ["-j", "1x2", "--max_retries", 1, "--config", config, "--run_dir", run]
-    handle = submit(on_cluster, "run", *launch, "train.checkpoint_steps=5", "--json")
+    handle, job = cluster.submit("train", *launch, *settings, "--json")
     wait_for("a checkpoint", lambda: any(run.glob("pretrain/checkpoints/step-*")))
-    job = handle.rpartition("/")[2]
-    subprocess.run(["scancel", "--signal=TERM", job], env={**os.environ, **cluster}, check=True)
-    wait_for("the end of the job", lambda: succeeded(on_cluster, handle))
-
-    attempts = ["sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", "--format", "State", "-j", job]
-    states = subprocess.run(
-        attempts, env={**os.environ, **cluster}, check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert states == ["REQUEUED", "COMPLETED"]
-    assert "pretrain: resuming after step" in on_cluster("log", handle).out
-    printed = last_line(on_cluster("log", "--streams", "stdout", f"{handle}/run/0").out)
-    assert printed["metrics"] == json.loads((run / "metrics.json").read_text())
-    expected = json.loads((finished_run / "metrics.json").read_text())
-    assert printed["metrics"]["retrain"]["auc"] == pytest.approx(expected["retrain"]["auc"], abs=0.03)
+    cluster.slurm("scancel", "--signal=TERM", job)
+    assert "train[0]:SUCCEEDED" in cluster.wait(handle)
+    assert cluster.accounts(job, "State") == ["REQUEUED", "COMPLETED"]
+    assert "pretrain: resuming after step" in cluster.torchx("log", handle)
+    printed = cluster.torchx("log", "--streams", "stdout", f"{handle}/train/0").splitlines()[-1]
+    trained = json.loads(printed[printed.index("{") :])["metrics"]["pretrain"]
+    assert trained == metrics(run)["pretrain"] and trained["auc"] > 0.75
+    alone = sseds("evaluate", config, *settings, "--run-dir", run, "--stage", "pretrain", "--json")
+    assert alone.json["auc"] == pytest.approx(trained["auc"], abs=1e-6)
 
 
-def test_job_on_two_nodes(
-    on_cluster: Torchx, cluster: dict[str, str], config: Path, finished_run: Path, tmp_path: Path
-) -> None:
+def test_job_on_two_nodes(cluster: Cluster, config: Path, finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     launch = ["-j", "2x1", "--cpu", 2, "--rdzv_port", free_port(), "--config", config, "--run_dir", run]
-    handle = submit(on_cluster, "run", *launch)
-    wait_for("the end of the job", lambda: succeeded(on_cluster, handle))
-    status = on_cluster("status", handle).out
+    handle, job = cluster.submit("run", *launch)
+    status = cluster.wait(handle)
     assert "run[0]:SUCCEEDED" in status and "run[1]:SUCCEEDED" in status
-    job = handle.rpartition("/")[2]
-    asked = ["sacct", "--allocations", "--noheader", "--parsable2", "--format", "NodeList,AllocCPUS,ReqMem", "-j", job]
-    nodes = subprocess.run(
-        asked, env={**os.environ, **cluster}, check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert sorted(nodes) == ["127.0.0.1|2|2000M", "127.0.0.2|2|2000M"]
+    nodes = cluster.accounts(job, "NodeList,AllocCPUS,ReqMem,State")
+    assert sorted(nodes) == ["127.0.0.1|2|2000M|COMPLETED", "127.0.0.2|2|2000M|COMPLETED"]
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
-    ours, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (run, finished_run))
-    assert ours["retrain"]["auc"] == pytest.approx(expected["retrain"]["auc"], abs=0.03)
+    assert metrics(run)["retrain"]["auc"] == pytest.approx(metrics(finished_run)["retrain"]["auc"], abs=0.03)
