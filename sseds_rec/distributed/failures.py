@@ -44,13 +44,13 @@ class Failure:
         message: one line.
         code: exit code of all its processes.
         is_final: whether the same job, started again, can only fail again.
-        is_heard: whether all processes are there to hear of it.
+        lost: processes known to be lost, which will not hear of it.
     """
 
     message: str
     code: int
     is_final: bool
-    is_heard: bool = True
+    lost: int = 0
 
     @classmethod
     def of(cls, error: BaseException, rank: int) -> Failure:
@@ -59,7 +59,7 @@ class Failure:
             return cls(message, 2, isinstance(error, UserError))
         if _is_loss(error):
             reason = str(error) if isinstance(error, Lost) else f"rank {rank} lost another one ({_gloo_reason(error)})"
-            return cls(f"{reason}; started again, all go on from the last checkpoint", 1, False, is_heard=False)
+            return cls(f"{reason}; started again, all go on from the last checkpoint", 1, False, lost=1)
         where = f"rank {rank} failed on {socket.gethostname()}"
         return cls(
             f"{where}: {type(error).__name__}: {_first_line(error)}; its traceback is in the log there", 1, False
@@ -133,8 +133,7 @@ class Watch:
                     self._end(Failure(**json.loads(self._store.get("reason"))))
                 known = self._store.check([f"alive/{following}"])
                 sign = self._store.get(f"alive/{following}") if known else b""
-            except dist.DistError:  # it ended with its process, of which the collectives tell
-                self._left.set()
+            except dist.DistError:  # it ended with its process: as a rule the collectives tell, else the other thread
                 return
             silent = silent + 1 if sign == before != _LEFT else 0
             before = sign
@@ -144,7 +143,7 @@ class Watch:
             self._looks += 1
 
     def _look_at_store(self) -> None:
-        """Sees whether the other thread still gets answers: from a machine that is gone it would wait for ever."""
+        """Sees whether the other thread still gets answers: for those of a machine that is gone it waits for ever."""
         before, silent = -1, 0
         while not self._left.wait(LOOK_SECONDS):
             silent = silent + 1 if self._looks == before else 0
@@ -162,7 +161,7 @@ class Watch:
             own, said = json.dumps(asdict(failure)), False
             try:
                 reason = self._store.compare_set("reason", "", own).decode()  # the first reason is everybody's
-                if reason == own and failure.code == 1 and failure.is_heard and trace:
+                if reason == own and failure.code == 1 and not failure.lost:
                     print(trace, end="", file=sys.stderr, flush=True)
                 failure = Failure(**json.loads(reason))
                 if self._store.add(f"said/{self._node}", 1) == 1:
@@ -170,8 +169,8 @@ class Watch:
                 said = True
                 _record(failure)
                 self._store.add("heard", 1)
-                deadline = time.monotonic() + (_SAY_SECONDS if failure.is_heard else 0)
-                while self._store.add("heard", 0) < self._world_size and time.monotonic() < deadline:
+                deadline, listeners = time.monotonic() + _SAY_SECONDS, self._world_size - failure.lost
+                while self._store.add("heard", 0) < listeners and time.monotonic() < deadline:
                     time.sleep(0.05)
             except dist.DistError:  # the store has ended: all have heard, or its machine is lost
                 if not said:
