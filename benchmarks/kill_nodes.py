@@ -140,12 +140,12 @@ class Job:
         return metrics
 
     def disturb(self, stage: str, times: int, seconds: float, whole_node: bool) -> None:
-        """Kills a process, or the second node, at random moments of a training, `seconds` apart on average."""
+        """Kills a process, or the second node, at random moments of a training, at most `seconds` after it went on."""
         history, checkpoints = self.folder / stage / "history.jsonl", self.folder / stage / "checkpoints"
         for _ in range(times):
             if not self._trains(stage, len(self.kills[stage])):
                 return
-            time.sleep(self._moment.uniform(0, 2 * seconds))
+            time.sleep(self._moment.uniform(0, seconds))
             if (self.folder / stage / "metrics.json").exists():
                 return
             before = sum(len(self._resumed(each)) for each in STAGES)

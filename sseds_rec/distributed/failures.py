@@ -115,13 +115,14 @@ class Watch:
         """Ends looking: this rank has done its part."""
         self._left.set()
         for thread in self._threads:
-            thread.join(_JOIN_SECONDS)
+            thread.join(LOOK_SECONDS)
         with suppress(dist.DistError):  # rank 0 may have left with the store
             self._store.set(f"alive/{self._rank}", _LEFT.decode())
 
     def end(self, error: BaseException) -> NoReturn:
         """Ends the job, on all ranks, for an exception on this one."""
-        self._end(Failure.of(error, self._rank), "".join(traceback.format_exception(error)))
+        failure = Failure.of(error, self._rank)
+        self._end(failure, _trace(error, failure))
 
     def _look(self) -> None:
         """Gives a sign of life, reads the board, and looks after the next rank."""
@@ -158,42 +159,57 @@ class Watch:
 
     def _end(self, failure: Failure, trace: str = "") -> NoReturn:
         with self._ending:  # until the process ends
-            own, said = json.dumps(asdict(failure)), False
             try:
-                reason = self._store.compare_set("reason", "", own).decode()  # the first reason is everybody's
-                if reason == own and failure.code == 1 and not failure.lost:
-                    print(trace, end="", file=sys.stderr, flush=True)
-                failure = Failure(**json.loads(reason))
-                if self._store.add(f"said/{self._node}", 1) == 1:
-                    print_error(failure.message)
-                said = True
-                _record(failure)
-                self._store.add("heard", 1)
-                deadline, listeners = time.monotonic() + _SAY_SECONDS, self._world_size - failure.lost
-                while self._store.add("heard", 0) < listeners and time.monotonic() < deadline:
-                    time.sleep(0.05)
-            except dist.DistError:  # the store has ended: all have heard, or its machine is lost
-                if not said:
-                    print_error(failure.message)
-            _exit(failure.code)
+                failure = self._post(failure, trace)
+            except dist.DistError:  # the store has ended before all could read there
+                _say(failure, trace)
+            finally:
+                _exit(failure.code)
+
+    def _post(self, failure: Failure, trace: str) -> Failure:
+        """Writes a reason on the board, unless there is one; says what is there, once a node, and waits for the others to."""
+        own = json.dumps(asdict(failure))
+        reason = self._store.compare_set("reason", "", own).decode()
+        if reason != own:
+            failure, trace = Failure(**json.loads(reason)), ""
+        is_first = self._store.add(f"said/{self._node}", 1) == 1
+        if is_first or trace:
+            _say(failure, trace)
+        _record(failure)
+        with suppress(dist.DistError):  # it ends with the first of those who have heard
+            self._store.add("heard", 1)
+            deadline, listeners = time.monotonic() + _SAY_SECONDS, self._world_size - failure.lost
+            while self._store.add("heard", 0) < listeners and time.monotonic() < deadline:
+                time.sleep(0.05)
+        return failure
 
 
 def end_job(error: Exception) -> NoReturn:
     """Ends the job, on all ranks, for an exception on this one, which has not joined it yet."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    try:
-        watch = Watch(meet(rank, world_size, _JOIN_SECONDS), rank, world_size)
-    except Lost:
-        failure = Failure.of(error, rank)
-        print_error(failure.message)
-        _exit(failure.code)
-    watch.end(error)
+    with suppress(Lost):
+        if not isinstance(error, Lost):
+            Watch(meet(rank, world_size, _JOIN_SECONDS), rank, world_size).end(error)
+    failure = Failure.of(error, rank)
+    _say(failure, _trace(error, failure))
+    _exit(failure.code)
+
+
+def _trace(error: BaseException, failure: Failure) -> str:
+    """The traceback of a fault of the code."""
+    return "".join(traceback.format_exception(error)) if failure.code == 1 and not failure.lost else ""
+
+
+def _say(failure: Failure, trace: str) -> None:
+    print(trace, end="", file=sys.stderr)
+    print_error(failure.message)
 
 
 def _exit(code: int) -> NoReturn:
     """Ends this process, though threads of it wait in collectives for ever."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 

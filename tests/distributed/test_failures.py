@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from sseds_rec.distributed.rendezvous import meet
 from sseds_rec.distributed.runtime import Runtime, runtime
 from sseds_rec.errors import Preempted, UserError
 from tests.distributed.jobs import Agent, sseds, stop_myself
+from tests.models.test_managed_collision import CONFIG as RAW_CONFIG
+from tests.models.test_managed_collision import write_raw_set
 
 LIMIT_SECONDS = 30
 
@@ -200,3 +204,29 @@ def test_a_disk_that_is_full_for_one_rank_ends_both(config: Path, tmp_path: Path
     assert job.codes == [2, 2] and job.seconds < LIMIT_SECONDS, job.wrote
     assert job.errors(0) == job.errors(1) and len(job.errors(0)) == 1
     assert "the checkpoint cannot be written ([Errno 27] File too large)" in job.errors(0)[0]
+
+
+def _killed_after_a_checkpoint(folder: Path, *args: str) -> None:
+    def kill() -> None:
+        while not list(folder.glob("step-*")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    sseds(*args)
+
+
+def test_a_job_on_raw_ids_ends_with_one_line_when_nodes_come_or_leave(tmp_path: Path) -> None:
+    data, config, run = tmp_path / "data", tmp_path / "raw.yaml", tmp_path / "run"
+    write_raw_set(data)
+    config.write_text(RAW_CONFIG.replace("DATA", str(data)))
+    train = ["train", str(config), "train.epochs=20", "train.checkpoint_steps=10", "--run-dir", str(run)]
+    agent = Agent(tmp_path)
+    killed = agent.run([partial(_killed_after_a_checkpoint, run / "pretrain/checkpoints", *train)] * 2)
+    assert killed.codes != [0, 0]
+    for nodes in ([0, 0, 1, 1], [0, 0]):  # the second time because of the first
+        refused = agent.run([partial(sseds, *train)] * len(nodes), nodes)
+        assert set(refused.codes) == {2} and refused.seconds < LIMIT_SECONDS, refused.wrote
+        lines = [line for rank in range(len(nodes)) for line in refused.errors(rank)]
+        assert len(lines) == len(set(nodes)) and len(set(lines)) == 1
+        assert "its map of raw ids is in 2 parts" in lines[0] and "start as many processes, not 4" in lines[0]
