@@ -243,7 +243,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # before it joined the others: else they have all ended
+        if (
+            "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        ):  # the other ranks wait for this one
             from sseds_rec.distributed.failures import end_job
 
             end_job(error)

@@ -18,7 +18,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch.distributed as dist
 
@@ -90,8 +90,8 @@ class Watch:
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        own: Any = store  # torch's stubs lack `clone`
-        self._store: dist.Store = own.clone()  # a connection of its own: others wait in theirs
+        self._original = store  # on rank 0 the server may be in it, and ends with it
+        self._store: dist.Store = cast("Any", store).clone()  # a connection of its own: others wait in theirs
         self._rank, self._world_size = rank, world_size
         self._node = os.environ.get("GROUP_RANK", socket.gethostname())
         self._ending, self._left = threading.Lock(), threading.Event()
@@ -186,7 +186,7 @@ class Watch:
 
 def end_job(error: Exception) -> NoReturn:
     """Ends the job, on all ranks, for an exception on this one, which has not joined it yet."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ["WORLD_SIZE"])
     with suppress(Lost):
         if not isinstance(error, Lost):
             Watch(meet(rank, world_size, _JOIN_SECONDS), rank, world_size).end(error)

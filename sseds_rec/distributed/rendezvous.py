@@ -49,8 +49,9 @@ def meet(rank: int, world_size: int, seconds: float = JOIN_SECONDS) -> dist.Stor
         store = dist.PrefixStore(hall.get(f"name/{own}").decode(), hall)
         store.set(f"joined/{rank}", "")
         return store
-    except dist.DistError:
-        raise Lost(f"rank {rank} of {world_size} found no rank 0 within {seconds:.0f} s; {_ADVICE}") from None
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise Lost(f"rank {rank} of {world_size} has not met the others ({reason}); {_ADVICE}") from None
 
 
 def _welcome(hall: dist.Store, world_size: int, name: str, deadline: float) -> None:

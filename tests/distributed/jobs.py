@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from sseds_rec.cli import main
+from tests.ranks import free_port
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["sseds_rec.pipeline", "sseds_rec.cli"])
@@ -39,12 +39,16 @@ class Ended:
 
 
 class Agent:
-    """Where processes of one or more starts meet: the store of a torchrun agent, and its folder of logs."""
+    """Where processes of one or more starts meet: the store of a torchrun agent, and its folder of logs.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: of the logs.
+        shares_store: whether the processes use the agent's store, as they do by default, or one of their own.
+    """
+
+    def __init__(self, folder: Path, shares_store: bool = True) -> None:
+        self.folder, self.shares_store = folder, shares_store
         self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
-        self.client = dist.TCPStore("localhost", self.store.port, timeout=timedelta(seconds=_WAIT_SECONDS))
         self._starts = 0
 
     def run(self, ranks: list[Callable[[], object]], nodes: list[int] | None = None) -> Ended:
@@ -56,6 +60,7 @@ class Agent:
         """
         begun, world = time.monotonic(), len(ranks)
         attempt, self._starts = self.folder / f"attempt_{self._starts}", self._starts + 1
+        port = self.store.port if self.shares_store else free_port()
         processes, logs = [], []
         for rank, (function, node) in enumerate(zip(ranks, nodes or [0] * world, strict=True)):
             folder = attempt / str(rank)
@@ -66,8 +71,8 @@ class Agent:
                 "WORLD_SIZE": world,
                 "GROUP_RANK": node,
                 "MASTER_ADDR": "localhost",
-                "MASTER_PORT": self.store.port,
-                "TORCHELASTIC_USE_AGENT_STORE": True,
+                "MASTER_PORT": port,
+                "TORCHELASTIC_USE_AGENT_STORE": self.shares_store,
                 "TORCHELASTIC_ERROR_FILE": folder / "error.json",
             }
             process = _context.Process(target=_work, args=(function, variables, logs[-1]))

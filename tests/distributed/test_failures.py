@@ -191,9 +191,13 @@ def test_what_only_one_rank_reads_ends_both(prepared: Path, config: Path, tmp_pa
         ("--unknown", "No such option: --unknown; see --help"),
     ],
 )
-def test_what_only_one_rank_is_told_ends_both(config: Path, tmp_path: Path, own: str, said: str) -> None:
+@pytest.mark.parametrize("shares_store", [True, False])
+def test_what_only_one_rank_is_told_ends_both(
+    config: Path, tmp_path: Path, own: str, said: str, shares_store: bool
+) -> None:
     train = _train(config, tmp_path / "run")
-    job = Agent(tmp_path).run([partial(sseds, *train), partial(sseds, *train, own)], [0, 1])
+    told = [partial(sseds, *train, own), partial(sseds, *train)]
+    job = Agent(tmp_path, shares_store).run(told[::-1] if shares_store else told, [0, 1])
     assert job.codes == [2, 2] and job.seconds < LIMIT_SECONDS
     assert job.errors(0) == job.errors(1) and len(job.errors(0)) == 1 and said in job.errors(0)[0], job.wrote
 
