@@ -149,7 +149,7 @@ class Job:
             if (self.folder / stage / "metrics.json").exists():
                 return
             before = sum(len(self._resumed(each)) for each in STAGES)
-            newest = max((int(path.name[5:]) for path in checkpoints.glob("step-*")), default=0)
+            newest = max((int(path.name[5:]) for path in checkpoints.glob("step-*")), default=-1)
             lines = history.read_text().splitlines()
             kill = {"reached": json.loads(lines[-1])["step"] if lines else 0, "checkpoint": newest}
             if whole_node:
@@ -159,7 +159,7 @@ class Job:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._moment.choice(_children(agent.pid)), signal.SIGKILL)
             self.kills[stage].append(kill)
-            if newest:
+            if newest >= 0:
                 while sum(len(self._resumed(each)) for each in STAGES) == before:
                     self._check()
                 kill["resumed"] = self._resumed(stage)[-1]
