@@ -60,7 +60,8 @@ def test_both_plans_stand_side_by_side(run: Path) -> None:
         ["managed.dest", "row_wise", "all", "dropped", "–"],
     ]
     assert (
-        "fullest of 2 ranks holds 0.52 MiB before and 0.061 MiB after; that is 1.02 and 1.00 times the mean" in page.text
+        "fullest of 2 ranks holds 0.52 MiB before and 0.061 MiB after; that is 1.02 and 1.00 times the mean"
+        in page.text
     )
     assert 'id="ranks"' in page.source
 
