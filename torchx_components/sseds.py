@@ -11,10 +11,11 @@ import shlex
 import shutil
 import sys
 import sysconfig
-from typing import Any, Callable, Dict, List, NoReturn, Optional
+from typing import Any, Callable, List, NoReturn, Optional
 
 from torchx.components.dist import ddp
 from torchx.specs import NULL_RESOURCE, AppDef, parse_mounts
+from torchx.util.types import to_dict
 
 
 def _launch(
@@ -28,7 +29,7 @@ def _launch(
     cpu: int = 0,
     gpu: int = 0,
     memMB: int = 0,
-    env: Optional[Dict[str, str]] = None,
+    env: Optional[str] = None,
     mounts: Optional[List[str]] = None,
     max_retries: int = 0,
     max_restarts: int = 0,
@@ -59,10 +60,14 @@ def _launch(
         _refuse(verb, f"-j {j}: give NODESxPROCESSES, as in 2x8")
     processes = int(shape[1])
     try:
+        variables = to_dict(env or "")
+    except ValueError:
+        _refuse(verb, f"--env {env}: give NAME=VALUE, several with commas between them")
+    try:
         parse_mounts(mounts or [])
     except (KeyError, ValueError) as error:
         _refuse(verb, f"--mounts {','.join(mounts or [])}: give type=bind (volume, device),src=...,dst=... ({error})")
-    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PET_MAX_RESTARTS": str(max_restarts), **(env or {})}
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PET_MAX_RESTARTS": str(max_restarts), **variables}
     try:
         app = ddp(
             verb,

@@ -253,6 +253,7 @@ def test_help_names_the_options_of_launch_and_verb(tmp_path: Path) -> None:
         ("run", "--config c -j 0x2", "-j 0x2: give NODESxPROCESSES"),
         ("run", "--config c -h gpu.smal", "Did you mean `gpu.small`?"),
         ("run", "--config c -j 1x4 --gpu 2", "4 processes need as many GPUs a node, and it has 2"),
+        ("run", "--config c --env A", "--env A: give NAME=VALUE"),
         ("run", "--config c --mounts type=bind,src=/a", "--mounts type=bind,src=/a: give type="),
         ("slim", "-j 1x2", "give --config FILE for a run, or --plan FILE and then SRC DST"),
         ("slim", "--config c --plan p", "give --config FILE for a run, or --plan FILE and then SRC DST"),
