@@ -11,7 +11,8 @@ import shlex
 import shutil
 import sys
 import sysconfig
-from typing import Any, Callable, List, NoReturn, Optional
+from collections.abc import Callable
+from typing import Any, NoReturn, Optional
 
 from torchx.components.dist import ddp
 from torchx.specs import NULL_RESOURCE, AppDef, parse_mounts
@@ -20,7 +21,7 @@ from torchx.util.types import to_dict
 
 def _launch(
     verb: str,
-    arguments: List[str],
+    arguments: list[str],
     *,
     j: str = "1x1",
     image: str = "sseds-rec",
@@ -30,7 +31,7 @@ def _launch(
     gpu: int = 0,
     memMB: int = 0,
     env: Optional[str] = None,
-    mounts: Optional[List[str]] = None,
+    mounts: Optional[list[str]] = None,
     max_retries: int = 0,
     max_restarts: int = 0,
     rdzv_backend: str = "c10d",
@@ -110,7 +111,7 @@ def _launchable(component: Callable[..., AppDef]) -> Callable[..., AppDef]:
     return component
 
 
-def _options(**given: Any) -> List[str]:
+def _options(**given: Any) -> list[str]:
     """Options of the command line, those that are given."""
     names = {f"--{key.replace('_', '-')}": value for key, value in given.items() if value}
     return [part for name, value in names.items() for part in ([name] if value is True else [name, value])]

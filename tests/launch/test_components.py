@@ -198,6 +198,13 @@ def test_resources_and_threads(args: str, cpu: int, gpu: int, memory: int, threa
     assert node.env.get("OMP_NUM_THREADS") == threads
 
 
+def test_elastic_number_of_nodes() -> None:
+    node = role("train", "-j", "1:2x4", "--config", "my.yaml")
+    assert (node.min_replicas, node.num_replicas) == (1, 2)
+    words = shlex.split(node.args[1])
+    assert words[words.index("--nnodes") + 1] == "1:2"
+
+
 CONFIG = ["--config", "my.yaml", "--run_dir", "runs/my"]
 VERBS = {
     "prepare": (
