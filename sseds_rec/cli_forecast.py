@@ -61,6 +61,9 @@ def forecast(
         Precision | None, typer.Option(help="Of the weights, for lists of tables; fp32 if not given.")
     ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw memory per rank: an .svg, .png or .pdf file.")] = None,
+    save_plans: Annotated[
+        Path | None, typer.Option(help="Folder for the sharding plans, for sharding.base_plan and sharding.slim_plan.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one machine-readable line last.")] = False,
 ) -> None:
     """Plan a model for a cluster without a GPU: fits or not, memory per rank, the smallest cluster, before and after a cut."""
@@ -69,18 +72,25 @@ def forecast(
         raise UserError(f"--figure {figure}: the name ends in none of {', '.join(_FORMS)}")
     if figure and not figure.parent.is_dir():
         raise UserError(f"--figure {figure}: there is no folder {figure.parent}; make it first")
+    if save_plans and not save_plans.is_dir():
+        raise UserError(f"--save-plans {save_plans}: there is no such folder; make it first")
     from sseds_rec.distributed.capacity import forecast as plan_for_cluster
+    from sseds_rec.distributed.plan_file import plan_file, save_plan
     from sseds_rec.forecast import TableOptions, workloads
 
     options = TableOptions(embedding_dim, batch_size, optimizer, precision)
     base, slim = workloads(source, overrides or [], plan, options, where.device.kind)
-    found = {"base": plan_for_cluster(base, where)}
-    if slim:
-        found["slim"] = plan_for_cluster(slim, where)
+    models = {"base": base} | ({"slim": slim} if slim else {})
+    found = {name: plan_for_cluster(own, where) for name, own in models.items()}
     _print(found, where)
     if figure:
         _draw(found, where, figure)
         console.print(f"forecast: wrote {figure}")
+    for name, own in found.items():
+        if save_plans and own.fits:
+            path = save_plans / f"{name}_sharding_plan.json"
+            save_plan(path, plan_file(own.placement.plan, models[name].model, where.world_size, where.per_node))
+            console.print(f"forecast: wrote {path}")
     line: dict[str, Any] = {name: own.as_dict() for name, own in found.items()}
     line |= {"ratio": _ratios(found)} if slim else {}
     print_json(as_json, {"verb": "forecast", "cluster": str(where), "plan": plan and str(plan), **line})

@@ -11,15 +11,17 @@ import shlex
 import shutil
 import sys
 import sysconfig
-from typing import Any, Callable, Dict, List, NoReturn, Optional
+from collections.abc import Callable
+from typing import Any, NoReturn, Optional
 
 from torchx.components.dist import ddp
 from torchx.specs import NULL_RESOURCE, AppDef, parse_mounts
+from torchx.util.types import to_dict
 
 
 def _launch(
     verb: str,
-    arguments: List[str],
+    arguments: list[str],
     *,
     j: str = "1x1",
     image: str = "sseds-rec",
@@ -28,8 +30,8 @@ def _launch(
     cpu: int = 0,
     gpu: int = 0,
     memMB: int = 0,
-    env: Optional[Dict[str, str]] = None,
-    mounts: Optional[List[str]] = None,
+    env: Optional[str] = None,
+    mounts: Optional[list[str]] = None,
     max_retries: int = 0,
     max_restarts: int = 0,
     rdzv_backend: str = "c10d",
@@ -59,10 +61,14 @@ def _launch(
         _refuse(verb, f"-j {j}: give NODESxPROCESSES, as in 2x8")
     processes = int(shape[1])
     try:
+        variables = to_dict(env or "")
+    except ValueError:
+        _refuse(verb, f"--env {env}: give NAME=VALUE, several with commas between them")
+    try:
         parse_mounts(mounts or [])
     except (KeyError, ValueError) as error:
         _refuse(verb, f"--mounts {','.join(mounts or [])}: give type=bind (volume, device),src=...,dst=... ({error})")
-    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PET_MAX_RESTARTS": str(max_restarts), **(env or {})}
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PET_MAX_RESTARTS": str(max_restarts), **variables}
     try:
         app = ddp(
             verb,
@@ -105,7 +111,7 @@ def _launchable(component: Callable[..., AppDef]) -> Callable[..., AppDef]:
     return component
 
 
-def _options(**given: Any) -> List[str]:
+def _options(**given: Any) -> list[str]:
     """Options of the command line, those that are given."""
     names = {f"--{key.replace('_', '-')}": value for key, value in given.items() if value}
     return [part for name, value in names.items() for part in ([name] if value is True else [name, value])]

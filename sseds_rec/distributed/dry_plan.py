@@ -25,9 +25,10 @@ from torchrec.distributed.planner.types import (
     Storage,
     Topology,
 )
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from sseds_rec.distributed.hardware import Cluster
+from sseds_rec.distributed.managed import IdTable
 from sseds_rec.distributed.reservation import storage_reservation
 from sseds_rec.distributed.sharding import sharders_for, table_constraints
 from sseds_rec.distributed.tables import embedding_modules, table_configs
@@ -53,6 +54,7 @@ class Placement:
         ddr: bytes in host memory, of GPUs' tables that are there, int64 [ranks].
         step: fwd_compute, fwd_comms, bwd_compute, bwd_comms -> ms a step: the longest rank's in each, by the planner's model.
         sharding_types, kernels: -> number of tables.
+        plan: as TorchRec takes it.
     """
 
     cluster: Cluster
@@ -61,6 +63,7 @@ class Placement:
     step: dict[str, float]
     sharding_types: dict[str, int]
     kernels: dict[str, int]
+    plan: ShardingPlan
 
     @property
     def used(self) -> np.ndarray:
@@ -125,6 +128,9 @@ class _Attempt:
         """Whether there is a plan."""
         if self._all_in_memory and need(self._workload, self._cluster) > self._cluster.usable:
             return False
+        for module in self._workload.model.modules():
+            if isinstance(module, IdTable):
+                module.planned_ranks = self._cluster.world_size
         try:
             self._planner.plan(self._workload.model, self._sharders)
         except PlannerError:
@@ -162,6 +168,7 @@ class _Attempt:
             step=_critical_path(self._chosen.options),
             sharding_types=dict(Counter(option.sharding_type for option in self._chosen.options).most_common()),
             kernels=dict(Counter(option.compute_kernel for option in self._chosen.options).most_common()),
+            plan=self._chosen.plan,
         )
 
 
@@ -170,9 +177,10 @@ class _Chosen(Stats):
 
     def __init__(self) -> None:
         self.options: list[ShardingOption] = []
+        self.plan = ShardingPlan({})
 
-    def log(self, *args: Any, best_plan: list[ShardingOption], **facts: Any) -> None:
-        self.options = best_plan
+    def log(self, *args: Any, sharding_plan: ShardingPlan, best_plan: list[ShardingOption], **facts: Any) -> None:
+        self.options, self.plan = best_plan, sharding_plan
 
 
 class _Enumerator(EmbeddingEnumerator):

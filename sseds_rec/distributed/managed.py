@@ -50,10 +50,18 @@ def _shifted(ids: Tensor, bits: int) -> Tensor:
 
 
 class IdTable(MCHManagedCollisionModule):
-    """The ids of one table (of one rank, once sharded), and the row of each."""
+    """The ids of one table (of one rank, once sharded), and the row of each.
+
+    Attributes:
+        planned_ranks: of a cluster that is only planned for; None for the ranks that there are.
+    """
+
+    planned_ranks: int | None = None
 
     def buckets(self) -> int:
         """Ranges into which the ids are split: one a rank."""
+        if self.planned_ranks is not None:
+            return self.planned_ranks
         return dist.get_world_size() if dist.is_initialized() else 1
 
     def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:

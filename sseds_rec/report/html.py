@@ -89,6 +89,9 @@ def _summary(run: Run) -> list[str]:
             f"{dropped or 'no'} {'field' if dropped == 1 else 'fields'} dropped."
         ),
     ]
+    if memory := reached.get("memory_per_rank"):
+        fullest, has = memory["max"] / 2**30, memory["of"] / 2**30
+        sentences.append(f"The planner's fullest rank takes {fullest:,.2f} of {has:,.2f} GiB there, margin and all.")
     if not math.isnan(seconds := number(search.get("seconds"))):
         sentences.append(
             f"The search{f' ({criterion})' if criterion else ''} took {text(seconds, ',.2f')} s "

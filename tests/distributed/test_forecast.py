@@ -20,6 +20,8 @@ from sseds_rec.data.schema import Schema
 from sseds_rec.distributed.capacity import place_in_more, smallest_cluster
 from sseds_rec.distributed.dry_plan import fits, place
 from sseds_rec.distributed.hardware import MARGIN, Cluster
+from sseds_rec.distributed.plan_file import load_plan
+from sseds_rec.distributed.sharding import table_constraints
 from sseds_rec.distributed.sharding_config import ShardingConfig
 from sseds_rec.distributed.workload import Shape, Workload, tables_only
 from sseds_rec.models.ctr import build_model, build_slim_model, plan_for
@@ -204,10 +206,11 @@ def test_no_cluster_is_large_enough() -> None:
 
 
 @pytest.mark.parametrize("cluster", ["1x2xCPU-1GB", "2x2xT4"])
-def test_the_model_of_a_config(cluster: str, config: Path, finished_run: Path, sseds: Sseds) -> None:
+def test_the_model_of_a_config(cluster: str, config: Path, finished_run: Path, sseds: Sseds, tmp_path: Path) -> None:
     """On a CPU Adam's tables are on every rank, with a gradient and two moments; on CUDA they are split."""
     plan = finished_run / "search/plan.json"
-    done = sseds("forecast", config, "train.batch_size=1024", "--plan", plan, "--cluster", cluster, "--json")
+    options = ["--plan", plan, "--cluster", cluster, "--save-plans", tmp_path, "--json"]
+    done = sseds("forecast", config, "train.batch_size=1024", *options)
     assert done.code == 0, done.err
     settings, ranks = load_config(config), Cluster.parse(cluster).world_size
     schema = Schema.load(settings.data.path)
@@ -229,6 +232,11 @@ def test_the_model_of_a_config(cluster: str, config: Path, finished_run: Path, s
         assert found["bytes_per_rank"]["dense"]["max"] == over * 16 + buffers + ids + replicated
         assert found["bytes_per_rank"]["weights"]["mean"] * ranks == tables * 4 * (ranks if "CPU" in cluster else 1)
         assert found["weight_bytes"] == tables * 4
+        # The job can be told to place its tables so.
+        where = Cluster.parse(cluster).topology()
+        kind = ShardingConfig(type="data_parallel" if "CPU" in cluster else "auto")
+        saved = load_plan(tmp_path / f"{name}_sharding_plan.json", model, where, table_constraints(model, kind, where))
+        assert {own.sharding_type for own in saved.plan["embeddings"].values()} == set(found["sharding_types"])
 
 
 def test_a_prepared_set_needs_a_width(prepared: Path, sseds: Sseds) -> None:
@@ -253,6 +261,10 @@ def test_a_prepared_set_needs_a_width(prepared: Path, sseds: Sseds) -> None:
             "--figure memory.jpg: the name ends in none of .svg",
         ),
         (["CONFIG", "--cluster", "1x8xH100", "--figure", "nowhere/memory.svg"], "there is no folder nowhere"),
+        (
+            ["CONFIG", "--cluster", "1x8xH100", "--save-plans", "nowhere"],
+            "--save-plans nowhere: there is no such folder",
+        ),
         (["SET", "--cluster", "1x8xH100"], "has no embedding_dim; give --embedding-dim"),
         (["SET", "--cluster", "1x8xH100", "--embedding-dim", "8", "--plan", "PLAN"], "is of other tables"),
         (["SET", "train.epochs=1", "--cluster", "1x8xH100"], "train.epochs=1: values are changed in a config"),
@@ -282,3 +294,31 @@ def test_bad_lists_of_tables(tables: list[dict[str, Any]], says: str, tmp_path: 
     (tmp_path / "tables.json").write_text(json.dumps(tables))
     done = sseds("forecast", tmp_path / "tables.json", "--cluster", "1x1xT4")
     assert done.code == 2 and says in done.err and len(done.err.strip().splitlines()) == 1
+
+
+def test_raw_ids_and_tables_in_host_memory(tmp_path: Path, sseds: Sseds) -> None:
+    """A billion raw ids have a map of three int64 a row, split over the ranks; a table in host memory takes none of a GPU's."""
+    rows = {"user": 10**9, "ad": 4 * 10**8}
+    fields = [
+        {"name": name, "kind": "categorical", "transform": kind, "cardinality": n}
+        for (name, n), kind in zip(rows.items(), ("raw", "hash"), strict=True)
+    ]
+    splits = {name: {"rows": 10**6, "positives": 1, "files": []} for name in ("train", "validation", "test")}
+    schema = {"version": 1, "label": "y", "seed": 0, "source": {}, "fields": fields, "splits": splits}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "raw.yaml").write_text(
+        f"name: raw\ndata: {{path: {tmp_path}}}\nmodel: {{embedding_dim: 32}}\n"
+        "train: {table_optimizer: rowwise_adagrad, batch_size: 4096}\nsharding: {tables: {ad: {kernels: [fused_uvm]}}}\n"
+    )
+    found = {}
+    for cluster in ("1x8xA100-80GB", "2x8xA100-80GB"):
+        done = sseds("forecast", tmp_path / "raw.yaml", "--cluster", cluster, "--json")
+        assert done.code == 0, done.err
+        found[cluster] = done.json["base"]
+        assert done.json["base"]["kernels"] == {"fused": 1, "fused_uvm": 1}
+        assert done.json["base"]["sharding_types"]["row_wise"] >= 1
+    eight, sixteen = (own["bytes_per_rank"] for own in found.values())
+    assert eight["weights"]["max"] == rows["user"] // 8 * 32 * 4
+    assert eight["ddr"]["mean"] * 8 == pytest.approx(rows["ad"] * (32 + 1) * 4)
+    saved = eight["dense"]["max"] - sixteen["dense"]["max"]
+    assert saved == pytest.approx(rows["user"] * 24 / 16, rel=1e-3)

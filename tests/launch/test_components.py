@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from torch.distributed.run import get_args_parser
 from torchx.specs import materialize_appdef
 from torchx.specs.finder import get_component
 
@@ -142,7 +143,9 @@ def docker_nodes(request: str) -> tuple[list[Node], str]:
         ("local_docker", "${TORCHX_RANK0_HOST:=localhost}", "8000000000", "16000m"),
     ],
 )
-def test_what_a_scheduler_is_asked_for(tmp_path: Path, scheduler: str, first_node: str, cpu: str, memory: str) -> None:
+def test_what_a_scheduler_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str, first_node: str, cpu: str, memory: str
+) -> None:
     launch = ["-j", "2x4", "--cpu", 8, "--gpu", 4, "--memMB", 16000, "--image", "me/sseds:1", "--rdzv_port", 29444]
     launch += ["--env", "A=1,B=x", "--mounts", "type=bind,src=/data,dst=/mnt,readonly"]
     launch += ["--max_retries", 2, "--max_restarts", 3, "--config", "/mnt/my.yaml", "--run_dir", "/mnt/a run"]
@@ -157,12 +160,15 @@ def test_what_a_scheduler_is_asked_for(tmp_path: Path, scheduler: str, first_nod
     assert len(nodes) == 2 and retries == "2"
     for node in nodes:
         assert node.command[0] == "torchrun" and node.command[-len(verb) :] == verb
-        options = dict(zip(node.command[1::2], node.command[2::2], strict=False))
-        assert (options["--nnodes"], options["--nproc_per_node"]) == ("2", "4")
-        host, _, port = options["--rdzv_endpoint"].rpartition(":")
+        with monkeypatch.context() as environment:
+            for name, value in node.env.items():
+                environment.setenv(name, value)
+            started = get_args_parser().parse_args(node.command[1:])
+        assert (started.nnodes, started.nproc_per_node, started.max_restarts) == ("2", "4", 3)
+        host, _, port = started.rdzv_endpoint.rpartition(":")
         assert host in first_node.split() and port == "29444"
-        own = {"A": "1", "B": "x", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PET_MAX_RESTARTS": "3"}
-        assert own.items() <= node.env.items() and node.env["OMP_NUM_THREADS"] == "2"
+        own = {"A": "1", "B": "x", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "2"}
+        assert own.items() <= node.env.items()
         assert (node.cpu, node.memory, node.gpu) == (cpu, memory, "4")
         if scheduler != "slurm":
             assert (node.image, node.mounts) == ("me/sseds:1", (("/data", "/mnt", True),))
@@ -190,6 +196,13 @@ def test_resources_and_threads(args: str, cpu: int, gpu: int, memory: int, threa
     node = role("train", *args.split(), "--config", "my.yaml")
     assert (node.resource.cpu, node.resource.gpu, node.resource.memMB) == (cpu, gpu, memory)
     assert node.env.get("OMP_NUM_THREADS") == threads
+
+
+def test_elastic_number_of_nodes() -> None:
+    node = role("train", "-j", "1:2x4", "--config", "my.yaml")
+    assert (node.min_replicas, node.num_replicas) == (1, 2)
+    words = shlex.split(node.args[1])
+    assert words[words.index("--nnodes") + 1] == "1:2"
 
 
 CONFIG = ["--config", "my.yaml", "--run_dir", "runs/my"]
@@ -247,6 +260,7 @@ def test_help_names_the_options_of_launch_and_verb(tmp_path: Path) -> None:
         ("run", "--config c -j 0x2", "-j 0x2: give NODESxPROCESSES"),
         ("run", "--config c -h gpu.smal", "Did you mean `gpu.small`?"),
         ("run", "--config c -j 1x4 --gpu 2", "4 processes need as many GPUs a node, and it has 2"),
+        ("run", "--config c --env A", "--env A: give NAME=VALUE"),
         ("run", "--config c --mounts type=bind,src=/a", "--mounts type=bind,src=/a: give type="),
         ("slim", "-j 1x2", "give --config FILE for a run, or --plan FILE and then SRC DST"),
         ("slim", "--config c --plan p", "give --config FILE for a run, or --plan FILE and then SRC DST"),

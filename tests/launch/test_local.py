@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,9 @@ import pytest
 
 from sseds_rec.search.plan import DimensionPlan
 from tests.command import COMPONENTS, Command, torchx
+from tests.ranks import free_port
 
 Sseds = Callable[..., Command]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(verb: str, shape: str, config: Path, run: Path, *more: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.command import COMPONENTS, Command, torchx
 from tests.launch.slurm import missing, slurm_cluster
-from tests.launch.test_local import free_port
+from tests.ranks import free_port
 
 
 class Cluster:

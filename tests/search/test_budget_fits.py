@@ -188,4 +188,5 @@ def test_search_for_a_cluster(finished_run: Path, config: Path, tmp_path: Path, 
     assert plan["budget"] == {"fits": "1x2xhbm=8KiB", "optimizer": "sgd", "batch_size": 4}
     assert 0 < plan["reached"]["bytes"]["fraction"] < 1
     assert plan["reached"]["memory_per_rank"]["max"] <= 8 * 1024
-    assert "fits 1x2xhbm=8KiB" in (run / "report/index.html").read_text()
+    page = (run / "report/index.html").read_text()
+    assert "fits 1x2xhbm=8KiB" in page and "fullest rank takes" in page
