@@ -65,10 +65,22 @@ $(STAMP):
 	@! $(PIP) check | grep -vE '$(KNOWN)' >&2
 	@touch $@
 
+# Program and Debian package: tests open the report in Chromium, compile a model, and submit to a Slurm of their own.
+TOOLS := chromium:chromium g++:g++ slurmctld:slurmctld slurmd:slurmd slurmdbd:slurmdbd sbatch:slurm-client \
+  munged:munge mariadbd:mariadb-server
+
 .PHONY: tools
-tools: # one test opens the report in Chromium, another compiles a model
-	@[ -n "$$(type -P chromium chromium-browser google-chrome google-chrome-stable)" -a -n "$$(type -P g++)" ] || \
-	  if [ "$$(id -u)" = 0 ] && type -P apt-get >/dev/null; then \
-	    echo "Installing Chromium and g++ ..." && apt-get -qq update && \
-	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core g++ >/dev/null; \
-	  else echo "No Chromium or no g++ found: install them, tests use both" >&2; fi
+tools: # for the tests; services are installed, but not started
+	@PATH=$$PATH:/usr/sbin:/sbin; missing=(); \
+	for tool in $(TOOLS); do \
+	  [ -n "$$(type -P $${tool%:*})" ] || missing+=($${tool#*:}); \
+	done; \
+	[ -z "$$(type -P chromium-browser google-chrome google-chrome-stable)" ] || missing=($${missing[@]/chromium}); \
+	if [ $${#missing[@]} = 0 ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && type -P apt-get >/dev/null; then \
+	  echo "Installing $${missing[*]} ..."; \
+	  policy=/usr/sbin/policy-rc.d; \
+	  [ -e $$policy ] || { trap "rm -f $$policy" EXIT; printf '#!/bin/sh\nexit 101\n' >$$policy; chmod +x $$policy; }; \
+	  apt-get -qq update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends fonts-dejavu-core $${missing[@]} >/dev/null; \
+	else echo "Not found: $${missing[*]}; install them (these are Debian's names), tests use them" >&2; fi

@@ -5,6 +5,7 @@ What needs TorchRec is imported when a verb needs it: it takes seconds.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import typer
 
 from sseds_rec import cli_forecast, cli_prepare, cli_slim
 from sseds_rec.data.schema import SplitName
-from sseds_rec.errors import PREEMPTED_EXIT, Preempted, UserError
+from sseds_rec.errors import PREEMPTED_EXIT, Preempted, UserError, user_message
 from sseds_rec.export import Format, dropped_features, export_plan, plan_path, write_export
 from sseds_rec.files import read_json, register_stores
 from sseds_rec.output import (
@@ -238,28 +239,37 @@ def main() -> None:
     silence_libraries()
     try:
         register_stores()
-        sys.exit(app(standalone_mode=False) or 0)
-    except UserError as error:
-        _fail(str(error))
-    except typer.exceptions.TyperException as error:
-        _fail(f"{error.format_message()}; see --help")
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        sys.exit(_run() or 0)
     except Preempted:  # the trainer has said so
         sys.exit(PREEMPTED_EXIT)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if (
+            "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        ):  # the other ranks wait for this one
+            from sseds_rec.distributed.failures import end_job
+
+            end_job(error)
+        message = user_message(error)
+        if message is None:
+            raise
+        print_error(message)
+        sys.exit(2)
+
+
+def _run() -> int | None:
+    try:
+        code: int | None = app(standalone_mode=False)
+        return code
+    except typer.exceptions.TyperException as error:
+        raise UserError(f"{error.format_message()}; see --help") from None
 
 
 def _config(path: str, overrides: list[str] | None, paper: bool = False) -> Config:
     from sseds_rec.config import load_config
 
     return load_config(path, overrides, paper)
-
-
-def _fail(message: str) -> None:
-    print_error(message)
-    sys.exit(2)
 
 
 @contextmanager
@@ -291,7 +301,8 @@ def _run_stages(
     needs = STAGES[first - 1] if first else None
     with _pipeline(config, run_dir, rerun_from, verb, needs) as (pipeline, main):
         folder = pipeline.run.folder
-        todo = [stage for stage in stages if not pipeline.run.done(stage)]
+        # One rank looks: others may see a shared folder as it was.
+        todo = pipeline.runtime.from_main(lambda: [stage for stage in stages if not pipeline.run.done(stage)])
         for stage in todo:
             getattr(pipeline, stage)()
             if main:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sseds_rec.errors import UserError
-from sseds_rec.output import LINE_SECONDS, console, print_error, print_json, progress_console
+from sseds_rec.output import LINE_SECONDS, console, print_json, progress_console
 
 if TYPE_CHECKING:
     from sseds_rec.slim.offline.figures import Figures
@@ -50,17 +50,9 @@ def convert_checkpoint(
     src, dst = places
     keep_freed_memory()
     with runtime("cpu") if ranks > 1 else nullcontext(ALONE) as place:
-        try:
-            own = place.on_all(lambda: DimensionPlan.load(plan))
-            with _progress(place.is_main) as show:
-                figures = convert(src, dst, own, processes, ranks > 1, show)
-        except UserError as error:
-            if ranks == 1:
-                raise
-            # All ranks raise the same. The first says so before another ends, upon which torchrun would stop it.
-            said = str(error)
-            place.on_main(lambda: print_error(said))
-            sys.exit(2)
+        own = place.on_all(lambda: DimensionPlan.load(plan))
+        with _progress(place.is_main) as show:
+            figures = convert(src, dst, own, processes, ranks > 1, show)
         if place.is_main:
             _print(dst, figures)
             print_json(as_json, {"verb": "slim", "src": src, "dst": dst, "plan": str(plan), **asdict(figures)})

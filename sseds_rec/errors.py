@@ -16,3 +16,14 @@ class Preempted(Exception):
 
     The command line exits with `PREEMPTED_EXIT`.
     """
+
+
+class Lost(Exception):
+    """Another process of the job ended, or did not come; the job, started again, goes on from its last checkpoint."""
+
+
+def user_message(error: BaseException) -> str | None:
+    """What a user has to put right, in one line; None if it is a fault of the code."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return str(error) if isinstance(error, UserError) else None

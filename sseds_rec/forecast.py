@@ -101,7 +101,8 @@ def _of_config(
 
 def _workload(config: Config, model: nn.Module, train: TrainConfig, kind: Literal["cuda", "cpu"]) -> Workload:
     placement = placement_for(train.table_optimizer, config.sharding.type, torch.device(kind))
-    fuse_table_optimizer(model, train.table_optimizer, train.table_rate, placement)
+    data_parallel = config.sharding.data_parallel_tables
+    fuse_table_optimizer(model, train.table_optimizer, train.table_rate, placement, data_parallel)
     dense = [parameter for name, parameter in model.named_parameters() if _TABLE not in name]
     numbers = sum(parameter.numel() for parameter in dense)
     buffers = [buffer.numel() * buffer.element_size() for buffer in model.buffers() if not buffer.is_meta]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ LINE_SECONDS = 10.0
 
 def silence_libraries() -> None:
     """Keeps what TorchRec and torch say to their own developers off the user's terminal."""
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # else each store that ends before its last client says so at length
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch(rec)?\.")
     for name in (None, "torchrec.distributed", "torch.fx", "torch.distributed"):  # TorchRec uses the root logger too

@@ -7,7 +7,11 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
+COMPONENTS = ROOT / "torchx_components" / "sseds.py"
 
 
 @dataclass(frozen=True)
@@ -32,3 +36,11 @@ def torchrun(ranks: int, *args: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def torchx(*args: object, cwd: Path, **environment: str) -> Command:
+    """What TorchX's command line does in a folder, with this `sseds_rec` in reach of its jobs."""
+    everything = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "torchx.cli.main", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=everything, check=False)
+    return Command(done.returncode, done.stdout, done.stderr)

@@ -30,7 +30,7 @@ class _Pool:
         context = mp.get_context("spawn")
         self.results = context.Queue()
         self.tasks = [context.Queue() for _ in range(world_size)]
-        port = _free_port()
+        port = free_port()
         self.processes = [
             context.Process(target=_work, args=(rank, world_size, port, tasks, self.results), daemon=True)
             for rank, tasks in enumerate(self.tasks)
@@ -69,7 +69,7 @@ def _work(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> No
             results.put((rank, None, traceback.format_exc()))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return int(probe.getsockname()[1])

@@ -12,9 +12,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
+from sseds_rec.distributed.failures import Watch
 from sseds_rec.distributed.memory import keep_freed_memory
-from sseds_rec.errors import UserError
+from sseds_rec.distributed.rendezvous import meet
+from sseds_rec.errors import Preempted, UserError
 
 T = TypeVar("T")
 
@@ -111,18 +114,47 @@ ALONE = Runtime(0, 1, torch.device("cpu"))
 def runtime(device: str = "auto") -> Iterator[Runtime]:
     """Joins the job that torchrun describes, or makes a job of one process; leaves it on exit.
 
+    Of several processes, an exception in the block ends all, with one line and one exit code: see `failures`.
+
     Args:
         device: "cpu", "cuda" or "auto" (CUDA where there is one).
 
     Raises:
+        Lost: not all processes of the job came.
         UserError: CUDA is asked for and absent, or this machine has fewer GPUs than local ranks.
     """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if dist.is_initialized():
+        yield Runtime(rank, world_size, _prepare(device))
+        return
+    store = meet(rank, world_size)
+    watch = Watch(store, rank, world_size) if world_size > 1 else None
+    try:
+        if watch is not None:
+            watch.start()
+        where = _prepare(device)
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        yield Runtime(rank, world_size, where)
+    except Preempted:  # on all ranks
+        raise
+    except (Exception, CheckpointException) as error:
+        if watch is not None:
+            watch.end(error)  # before this rank leaves the group, of which the others would only hear that it is gone
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if watch is not None:
+            watch.leave()
+
+
+def _prepare(device: str) -> torch.device:
+    """Chooses where this process computes, and sets it up."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no GPU; install the cuda extra on a GPU machine or set device=cpu")
-    use_cuda = device != "cpu" and torch.cuda.is_available()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     where = torch.device("cpu")
-    if use_cuda:
+    if device != "cpu" and torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -132,26 +164,4 @@ def runtime(device: str = "auto") -> Iterator[Runtime]:
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
     keep_freed_memory()
-    joined = not dist.is_initialized()
-    if joined:
-        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        dist.init_process_group(backend, store=_store(rank, world_size), rank=rank, world_size=world_size)
-    try:
-        yield Runtime(rank, world_size, where)
-    finally:
-        if joined:
-            dist.destroy_process_group()
-
-
-def _store(rank: int, world_size: int) -> dist.Store:
-    """Where the processes of a job find each other.
-
-    torchrun keeps one store over its restarts, in which the addresses of the processes before are still to be found. On one
-    machine its count of restarts tells the new from the old; over several machines the counts can differ.
-    """
-    if "WORLD_SIZE" not in os.environ:
-        return dist.HashStore()
-    store: dist.Store = next(dist.rendezvous("env://", rank, world_size))[0]
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    return store
+    return where

@@ -135,6 +135,8 @@ class CheckpointStore:
     def load(self, step: int, model: nn.Module, optimizer: KeyedOptimizer) -> Progress:
         """Restores model, optimizer and random state in place; the number of ranks and the placement of tables may be new.
 
+        Before it, the optimizer has made no step if the checkpoint is one of step 0.
+
         Raises:
             UserError: the checkpoint is damaged, of another version, of other settings, or of a placement whose optimizer
                 states differ in kind.
@@ -152,7 +154,8 @@ class CheckpointStore:
             raise UserError(
                 f"{path}: it was trained under another config; train on with that one, or choose another --run-dir"
             )
-        optimizer.init_state()
+        if record.step:  # before the first, optimizers have no state
+            optimizer.init_state()
         state = _state(model, optimizer, self.runtime)
         if not {f"rng.{name}" for name in state["rng"]} <= set(stored_shapes(path)):
             del state["rng"]  # another number of ranks: new ranks go on with their own seed

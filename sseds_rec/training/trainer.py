@@ -69,8 +69,7 @@ class Trainer:
         self.progress = Progress()
         self.reporter = StepReporter(folder.name, runtime.is_main)
         self.rates = RateSchedule(optimizer, config)
-        steps = self.checkpoints.steps()
-        runtime.barrier()  # every rank has looked before rank 0 changes anything
+        steps = runtime.from_main(self.checkpoints.steps)
         if steps:
             self.progress = self.checkpoints.load(steps[-1], model, optimizer)
             self.reporter.line(f"resuming after step {self.progress.step}")

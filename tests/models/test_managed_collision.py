@@ -401,7 +401,7 @@ search: {budget: {parameters: 0.6}, min_dim: 4}
 """
 
 
-def _prepare(folder: Path) -> None:
+def write_raw_set(folder: Path) -> None:
     """4,000 rows in which `device` and the weights of `tags` decide the click, `hour` does not."""
     random = np.random.default_rng(0)
     count, devices, tags = 4000, random.integers(-(2**63), 2**63 - 1, 30), random.integers(-(2**63), 2**63 - 1, 10)
@@ -434,7 +434,7 @@ def _prepare(folder: Path) -> None:
 
 
 def test_a_run_on_raw_and_weighted_fields(tmp_path: Path, sseds: Callable[..., Command]) -> None:
-    _prepare(tmp_path / "data")
+    write_raw_set(tmp_path / "data")
     config, run = tmp_path / "raw.yaml", tmp_path / "run"
     config.write_text(CONFIG.replace("DATA", str(tmp_path / "data")))
     refused = sseds("run", config, "train.table_optimizer=adam", "--run-dir", tmp_path / "refused")

@@ -140,6 +140,29 @@ def test_other_ranks_under_another_plan_go_on_as_the_same_would(
         torch.testing.assert_close(resumed[name], values, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def _begin(rank: int, world_size: int, folder: str, plan: str, optimizer: str, save: bool) -> Pieces:
+    runtime = Runtime(rank, world_size, torch.device("cpu"))
+    model, keyed = _build(runtime, plan, optimizer)
+    store = CheckpointStore(Path(folder), runtime)
+    if save:
+        store.save(model, keyed, Progress(step=0))
+    else:
+        store.load(0, model, keyed)
+    _train(model, keyed, runtime, 0, 3)
+    return _pieces(model, keyed)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "plan"), [("adam", "data_parallel"), ("adagrad", "table_wise"), ("sgd", "row_wise")]
+)
+def test_a_checkpoint_from_before_the_first_step(tmp_path: Path, optimizer: str, plan: str) -> None:
+    expected = _whole(run_ranks(2, _begin, str(tmp_path), plan, optimizer, True))
+    resumed = _whole(run_ranks(3, _begin, str(tmp_path), plan, optimizer, False))
+    assert resumed.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(resumed[name], values, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def _refusal(rank: int, world_size: int, folder: str, plan: str, optimizer: str, fingerprint: str) -> str:
     runtime = Runtime(rank, world_size, torch.device("cpu"))
     model, keyed = _build(runtime, plan, optimizer)

@@ -1,0 +1,127 @@
+"""Jobs of a few processes as torchrun starts them, but forked from one that has imported everything: each takes a second."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from sseds_rec.cli import main
+from tests.ranks import free_port
+
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(["sseds_rec.pipeline", "sseds_rec.cli"])
+_WAIT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the processes of a job ended: by rank, exit codes and what each wrote; and how long they took."""
+
+    codes: list[int | None]
+    wrote: list[str]
+    seconds: float
+
+    def errors(self, rank: int) -> list[str]:
+        """The errors that a rank named."""
+        return re.findall(r"^sseds: (.*)$", self.wrote[rank], re.MULTILINE)
+
+
+class Agent:
+    """Where processes of one or more starts meet: the store of a torchrun agent, and its folder of logs.
+
+    Args:
+        folder: of the logs.
+        shares_store: whether the processes use the agent's store, as they do by default, or one of their own.
+    """
+
+    def __init__(self, folder: Path, shares_store: bool = True) -> None:
+        self.folder, self.shares_store = folder, shares_store
+        self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        self._starts = 0
+
+    def run(self, ranks: list[Callable[[], object]], nodes: list[int] | None = None) -> Ended:
+        """Starts one process a function, and waits until all have ended; those stopped by a signal are killed then.
+
+        Args:
+            ranks: what each rank does.
+            nodes: the node of each rank; all are on one if not given.
+        """
+        begun, world = time.monotonic(), len(ranks)
+        attempt, self._starts = self.folder / f"attempt_{self._starts}", self._starts + 1
+        port = self.store.port if self.shares_store else free_port()
+        processes, logs = [], []
+        for rank, (function, node) in enumerate(zip(ranks, nodes or [0] * world, strict=True)):
+            folder = attempt / str(rank)
+            folder.mkdir(parents=True)
+            logs.append(folder / "log")
+            variables = {
+                "RANK": rank,
+                "WORLD_SIZE": world,
+                "GROUP_RANK": node,
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": port,
+                "TORCHELASTIC_USE_AGENT_STORE": self.shares_store,
+                "TORCHELASTIC_ERROR_FILE": folder / "error.json",
+            }
+            process = _context.Process(target=_work, args=(function, variables, logs[-1]))
+            process.start()
+            processes.append(process)
+        with _killed(processes):
+            deadline = begun + _WAIT_SECONDS
+            while any(process.is_alive() and not _is_stopped(process.pid) for process in processes):
+                assert time.monotonic() < deadline, [log.read_text() for log in logs]
+                time.sleep(0.02)
+            seconds = time.monotonic() - begun
+        return Ended([process.exitcode for process in processes], [log.read_text() for log in logs], seconds)
+
+
+def _work(function: Callable[[], object], variables: dict[str, Any], log: Path) -> None:
+    os.environ.update({name: str(value) for name, value in variables.items()}, OMP_NUM_THREADS="1")
+    with log.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    function()
+
+
+@contextmanager
+def _killed(processes: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _is_stopped(pid: int | None) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except FileNotFoundError:
+        return False
+
+
+def stop_myself() -> None:
+    """Leaves this process without a sign of life, its connections open: as a machine that is gone."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def sseds(*args: str, file_limit: int | None = None) -> NoReturn:
+    """`sseds ARGS`, which may write files of `file_limit` bytes only."""
+    if file_limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    sys.argv = ["sseds", *args]
+    main()
+    raise AssertionError
