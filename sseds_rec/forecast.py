@@ -19,6 +19,7 @@ from sseds_rec.errors import UserError
 from sseds_rec.files import exists, join, read_json
 from sseds_rec.footprint import Optimizer, Precision
 from sseds_rec.models.ctr import build_model, build_slim_model, names_in_scores, plan_for, rows_of
+from sseds_rec.search.budget import Budget
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.training.config import TrainConfig
 from sseds_rec.training.optimizers import fuse_table_optimizer, placement_for
@@ -85,6 +86,28 @@ def workloads(
         if getattr(options, option) is not None:
             raise UserError(f"--{option.replace('_', '-')} is for lists of tables; {hint}")
     return _of_config(load_config(source, overrides), found, kind)
+
+
+def search_budget(config: Config, schema: Schema) -> Budget:
+    """The search's budget; of a cluster or of bytes, with what the config says of training where it does not say so itself.
+
+    Raises:
+        UserError: the tables would be whole on every device of the cluster.
+    """
+    budget, train = config.search.budget, config.train
+    if budget.kind not in ("fits", "bytes"):
+        return budget
+    known: dict[str, Any] = {"optimizer": train.table_optimizer}
+    if budget.kind == "fits":
+        cluster = budget.cluster
+        base = _workload(config, build_model(config.model, schema), train, cluster.device.kind)
+        if base.sharding.type == "data_parallel":
+            raise UserError(
+                f"search.budget.fits={budget.fits}: its tables would be data-parallel, whole on every device; ask for "
+                "search.budget.bytes, or change train.table_optimizer or sharding.type"
+            )
+        known |= {"batch_size": base.rows(cluster.world_size), "dense_bytes": base.beside_tables(cluster.world_size)}
+    return budget.model_copy(update={key: value for key, value in known.items() if getattr(budget, key) is None})
 
 
 def _of_config(

@@ -21,6 +21,7 @@ from sseds_rec.distributed.sharding import raw_ids_refused, shard
 from sseds_rec.errors import UserError
 from sseds_rec.export import torchrec_tables
 from sseds_rec.files import write_json
+from sseds_rec.forecast import search_budget
 from sseds_rec.models import (
     MODELS,
     CtrModel,
@@ -127,7 +128,8 @@ class Pipeline:
                 )
         names = names_in_scores(self.schema)
         tables = {names[field.name]: Table(rows_of(field), model.embedding_dim) for field in self.schema.sparse_fields}
-        check_budget(tables, search.budget, search.multiple, search.min_dim, search.tables)
+        self.budget = search_budget(self.config, self.schema)
+        check_budget(tables, self.budget, search.multiple, search.min_dim, search.tables)
 
     def pretrain(self) -> dict[str, Any]:
         """Trains the full model; leaves `pretrain/checkpoint` (best step) and `pretrain/metrics.json`."""
@@ -145,14 +147,12 @@ class Pipeline:
         begun = time.monotonic()
         scores = self.score(model)
         scores.search |= {"seed": self.config.seed, "split": search.split}
-        plan = search.allocate(scores, search.budget)
+        plan = self.runtime.from_main(lambda: search.allocate(scores, self.budget))  # "fits" takes a minute of a core
         seconds = time.monotonic() - begun
         errors = standard_errors(scores)
-        counted = (
-            search.budget
-            if search.budget.kind != "fits"
-            else search.budget.in_bytes(int(plan.reached["bytes"]["kept"]))
-        )
+        counted = self.budget
+        if counted.kind == "fits":
+            counted = counted.in_bytes(int(plan.reached["bytes"]["kept"]))
         overlap = expected_overlap(scores, lambda drawn: search.allocate(drawn, counted)) if errors else None
 
         def write() -> None:
@@ -180,7 +180,7 @@ class Pipeline:
             criterion_named(self.criterion, self.config.seed),
             search.num_batches,
             rounds=search.rounds,
-            budget=search.budget,
+            budget=self.budget,
             allocation=search.allocate,
         )
 

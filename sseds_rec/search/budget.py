@@ -19,6 +19,8 @@ Kind = Literal["parameters", "bytes", "dims", "fits"]
 
 #: A transform matrix is dense: float32, with both of Adam's moments.
 TRANSFORM_BYTES = 12
+#: Rows a step of each device, where nobody says it.
+BATCH_SIZE = 2048
 _UNITS: dict[Kind, str] = {"parameters": "parameters", "bytes": "bytes", "dims": "columns", "fits": "bytes"}
 
 
@@ -37,10 +39,12 @@ class Budget(BaseModel):
             can place there. Of `bytes` budgets it takes the largest whose plan fits. Then, with order="knapsack", groups of
             `multiple` columns are added until no table can take one more and still fit, the others as they are; with "fill" and
             "stop" the next group in line does not fit.
-        optimizer: of the tables, for `bytes` and `fits`; default "adam", as our trainer's.
+        optimizer: of the tables, for `bytes` and `fits`; "adam" if not given, or in a run what trains them there.
         precision: of the tables' weights, for `bytes` and `fits`; optimizer states are float32.
-        batch_size: rows a step of each device, for `fits`: look-ups take memory as well.
-        dense_bytes: of each device, for `fits`: what is no table (dense weights, gradients, optimizer states, activations).
+        batch_size: rows a step of each device, for `fits`: look-ups take memory as well. 2,048 if not given, or in a run its part
+            of `train.batch_size`.
+        dense_bytes: of each device, for `fits`: what is no table (dense weights, gradients, optimizer states, activations). 0 if
+            not given, or in a run what the full model's take, activations left out.
         transforms: count the transform matrices M_i in R^{D x d_i} (Eq. 13) as well: D more parameters for each kept column of
             a table of D columns; in bytes 12 D, for float32 and Adam's two moments (in `fits`, on each device).
     """
@@ -51,10 +55,10 @@ class Budget(BaseModel):
     bytes: float | int | None = None
     dims: float | int | None = None
     fits: str | None = None
-    optimizer: Optimizer = "adam"
+    optimizer: Optimizer | None = None
     precision: Precision = "fp32"
-    batch_size: int = Field(2048, ge=1)
-    dense_bytes: int = Field(0, ge=0)
+    batch_size: int | None = Field(None, ge=1)
+    dense_bytes: int | None = Field(None, ge=0)
     transforms: bool = False
 
     @model_validator(mode="after")
@@ -97,7 +101,8 @@ class Budget(BaseModel):
 
     def _options(self) -> dict[str, Any]:
         options = {"optimizer", "precision", "transforms", "batch_size", "dense_bytes"}
-        return self.model_dump(include=options, exclude_defaults=True)
+        given = self.model_dump(include=options, exclude_defaults=True)
+        return {key: value for key, value in given.items() if (key, value) != ("optimizer", "adam")}
 
     def asked(self) -> dict[str, Any]:
         """The budget as it was given, defaults left out: {"parameters": 0.1}, {"bytes": 0.1, "optimizer": "sgd"}."""
@@ -118,7 +123,7 @@ class Budget(BaseModel):
         transforms = table.dim * widths if self.transforms else 0
         if self.kind == "parameters":
             return table.rows * widths + transforms
-        wide, single = STATES[self.optimizer]
+        wide, single = STATES[self.optimizer or "adam"]
         column = WEIGHT_BYTES[self.precision] + STATE_BYTES * wide
         row = stored_dim(widths) * column + (widths > 0) * (STATE_BYTES * single)  # type: ignore[arg-type]
         return table.rows * row + TRANSFORM_BYTES * transforms

@@ -11,7 +11,7 @@ from sseds_rec.distributed.dry_plan import fits, place
 from sseds_rec.distributed.hardware import GIB
 from sseds_rec.distributed.workload import Shape, Workload, tables_only
 from sseds_rec.errors import UserError
-from sseds_rec.search.budget import TRANSFORM_BYTES, Budget
+from sseds_rec.search.budget import BATCH_SIZE, TRANSFORM_BYTES, Budget
 from sseds_rec.search.groups import Groups
 from sseds_rec.search.scores import Table
 
@@ -169,5 +169,5 @@ class _Fitting:
         ]
         budget = self._budget
         matrices = sum(table.dim * width for table, width in zip(self._tables, widths, strict=True))
-        dense = budget.dense_bytes + (TRANSFORM_BYTES * matrices if budget.transforms else 0)
-        return tables_only(shapes, budget.optimizer, budget.precision, budget.batch_size, dense)
+        dense = (budget.dense_bytes or 0) + (TRANSFORM_BYTES * matrices if budget.transforms else 0)
+        return tables_only(shapes, budget.optimizer or "adam", budget.precision, budget.batch_size or BATCH_SIZE, dense)

@@ -23,7 +23,9 @@ from torchrec.optim import Adam, apply_optimizer_in_backward
 
 import sseds_rec as sr
 from sseds_rec.config import load_config
+from sseds_rec.data.dataset import open_dataset
 from sseds_rec.distributed.hardware import MARGIN, Cluster
+from sseds_rec.forecast import search_budget
 from sseds_rec.search.scores import DimensionScores
 from tests.command import Command
 from tests.search.problems import make_scores
@@ -178,15 +180,39 @@ def test_rounds_go_from_everything_to_what_the_cluster_could_hold() -> None:
 def test_search_for_a_cluster(finished_run: Path, config: Path, tmp_path: Path, sseds: Callable[..., Command]) -> None:
     """The verb: a budget of the config, in rounds; the report shows what was asked."""
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
-    text = config.read_text().replace("{parameters: 0.25}", "{fits: 1x2xhbm=8KiB, batch_size: 4, optimizer: sgd}")
+    text = config.read_text().replace(
+        "{parameters: 0.25}", "{fits: 1x2xhbm=8KiB, batch_size: 4, optimizer: sgd, dense_bytes: 0}"
+    )
     assert load_config(config, ["search.budget.fits=1x2xhbm=30KiB"]).search.budget.fits == "1x2xhbm=30KiB"
     (tmp_path / "fits.yaml").write_text(text)
     done = sseds("run", tmp_path / "fits.yaml", "search.rounds=2", "--run-dir", run, "--rerun-from", "search", "--json")
     assert done.code == 0, done.err
     assert "search: 1x2xhbm=8KiB: " in done.out and "of the columns fit; the fullest rank has" in done.out
     plan = json.loads((run / "search/plan.json").read_text())
-    assert plan["budget"] == {"fits": "1x2xhbm=8KiB", "optimizer": "sgd", "batch_size": 4}
+    assert plan["budget"] == {"fits": "1x2xhbm=8KiB", "optimizer": "sgd", "batch_size": 4, "dense_bytes": 0}
     assert 0 < plan["reached"]["bytes"]["fraction"] < 1
     assert plan["reached"]["memory_per_rank"]["max"] <= 8 * 1024
     page = (run / "report/index.html").read_text()
     assert "fits 1x2xhbm=8KiB" in page and "fullest rank takes" in page
+
+
+def test_a_run_says_what_the_budget_leaves_open(finished_run: Path, config: Path) -> None:
+    own = load_config(config, ["train.table_optimizer=rowwise_adagrad", "search.budget.fits=1x3xA100-40GB"])
+    schema = open_dataset(own.data).schema
+    metrics = json.loads((finished_run / "pretrain/metrics.json").read_text())
+    dense = metrics["parameters"] - metrics["embedding_parameters"]
+    found = search_budget(own, schema)
+    # weights, gradients and Adam's moments of float32, and a count of steps for each parameter
+    assert 16 * dense <= found.dense_bytes <= 16 * dense + 4 * 20
+    assert (found.optimizer, found.batch_size) == ("rowwise_adagrad", 86)  # of 256 rows on three devices
+    asked = sr.Budget(fits="1x3xA100-40GB", optimizer="sgd", batch_size=5, dense_bytes=0)
+    said = own.model_copy(update={"search": own.search.model_copy(update={"budget": asked})})
+    assert search_budget(said, schema) == asked
+    in_bytes = load_config(config, ["train.table_optimizer=rowwise_adagrad", "search.budget.bytes=0.5"])
+    assert search_budget(in_bytes, schema) == sr.Budget(bytes=0.5, optimizer="rowwise_adagrad")
+
+
+def test_tables_that_every_device_holds_whole_have_no_cluster(config: Path) -> None:
+    own = load_config(config, ["search.budget.fits=1x2xCPU-1GB"])
+    with pytest.raises(sr.UserError, match="fits=1x2xCPU-1GB: its tables would be data-parallel"):
+        search_budget(own, open_dataset(own.data).schema)
