@@ -49,9 +49,8 @@ def main() -> None:
     for kind, times in (("processes killed", arguments.kills), ("nodes lost", arguments.losses)):
         with jobs[kind].running() as job:
             for stage in STAGES:
-                job.disturb(
-                    stage, times // 2, 2 * seconds[stage] / times if times else 0, whole_node=kind == "nodes lost"
-                )
+                apart = seconds[stage] / max(times // 2, 6)  # a node that leaves must have time to come back
+                job.disturb(stage, times // 2, apart, whole_node=kind == "nodes lost")
             job.wait()
     print("| run | training | test AUC | steps | kill -9 | went on after step | steps done again, each time |")
     print("|---|---|---|---|---|---|---|")
@@ -109,7 +108,7 @@ class Job:
         ]
         torchrun = ["-m", "torch.distributed.run", "--nnodes", self.nodes, "--nproc-per-node", str(own.processes)]
         torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{self._port}", "--rdzv-id", "kill"]
-        torchrun += ["--rdzv-conf", "last_call_timeout=5", "--max-restarts", str(2 * own.kills)]
+        torchrun += ["--rdzv-conf", "last_call_timeout=5", "--max-restarts", "100"]
         command = [
             *torchrun,
             "-m",
