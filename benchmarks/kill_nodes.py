@@ -49,9 +49,8 @@ def main() -> None:
     for kind, times in (("processes killed", arguments.kills), ("nodes lost", arguments.losses)):
         with jobs[kind].running() as job:
             for stage in STAGES:
-                job.disturb(
-                    stage, times // 2, 2 * seconds[stage] / times if times else 0, whole_node=kind == "nodes lost"
-                )
+                apart = seconds[stage] / max(times // 2, 6)  # a node that leaves must have time to come back
+                job.disturb(stage, times // 2, apart, whole_node=kind == "nodes lost")
             job.wait()
     print("| run | training | test AUC | steps | kill -9 | went on after step | steps done again, each time |")
     print("|---|---|---|---|---|---|---|")
@@ -109,7 +108,7 @@ class Job:
         ]
         torchrun = ["-m", "torch.distributed.run", "--nnodes", self.nodes, "--nproc-per-node", str(own.processes)]
         torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{self._port}", "--rdzv-id", "kill"]
-        torchrun += ["--rdzv-conf", "last_call_timeout=5", "--max-restarts", str(2 * own.kills)]
+        torchrun += ["--rdzv-conf", "last_call_timeout=5", "--max-restarts", "100"]
         command = [
             *torchrun,
             "-m",
@@ -130,10 +129,9 @@ class Job:
         return agent
 
     def wait(self) -> None:
-        """Waits for its end."""
-        codes = [agent.wait() for agent in self._agents]
-        if any(codes):
-            raise SystemExit(f"exit codes {codes}, see {self.folder}/node*.log")
+        """Waits for its end; a node that has come too late for it ends otherwise."""
+        if code := self._agents[0].wait():
+            raise SystemExit(f"exit code {code}, see {self.folder}/node*.log")
 
     def metrics(self) -> dict[str, Any]:
         metrics: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text())
@@ -153,7 +151,7 @@ class Job:
             lines = history.read_text().splitlines()
             kill = {"reached": json.loads(lines[-1])["step"] if lines else 0, "checkpoint": newest}
             if whole_node:
-                self._kill_node(self._agents[1])
+                self._kill_node(self._agents.pop())
             else:
                 agent = self._moment.choice(self._agents)
                 with contextlib.suppress(ProcessLookupError):
@@ -166,7 +164,7 @@ class Job:
             print(f"{self.folder.name} {stage}: {kill}", file=sys.stderr, flush=True)
             if whole_node:
                 time.sleep(self._moment.uniform(0, seconds))
-                self._agents[1] = self._start()
+                self._agents.append(self._start())
 
     def _trains(self, stage: str, kills: int) -> bool:
         """Waits until a stage trains, since the last kill; returns whether it does so."""

@@ -223,8 +223,8 @@ def _record(failure: Failure) -> None:
 
 def _recorded() -> str | None:
     """The reason for which processes before this one, under the same torchrun on this machine, ended for good."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    for record in Path(path).parents[2].glob("attempt_*/*/error.json") if path else []:
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_<restarts>/<local rank>/error.json
+    for record in Path(path).parent.parent.parent.glob("attempt_*/*/error.json") if path else []:
         with suppress(OSError, ValueError, LookupError, TypeError):
             message = json.loads(record.read_text())["message"]
             if message["extraInfo"]["is_final"]:

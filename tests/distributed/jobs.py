@@ -6,6 +6,7 @@ import multiprocessing as mp
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import polars as pl
+import pyarrow.parquet as pq
 import torch.distributed as dist
 
 from sseds_rec.cli import main
@@ -22,12 +25,18 @@ from tests.ranks import free_port
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["sseds_rec.pipeline", "sseds_rec.cli"])
-_WAIT_SECONDS = 60
+_WAIT_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How the processes of a job ended: by rank, exit codes and what each wrote; and how long they took."""
+    """How the processes of a job ended.
+
+    Attributes:
+        codes: of each rank.
+        wrote: of each rank.
+        seconds: from the first error that one named, or the first that ended, to the end of the last.
+    """
 
     codes: list[int | None]
     wrote: list[str]
@@ -58,7 +67,7 @@ class Agent:
             ranks: what each rank does.
             nodes: the node of each rank; all are on one if not given.
         """
-        begun, world = time.monotonic(), len(ranks)
+        begun, first, world = time.monotonic(), None, len(ranks)
         attempt, self._starts = self.folder / f"attempt_{self._starts}", self._starts + 1
         port = self.store.port if self.shares_store else free_port()
         processes, logs = [], []
@@ -66,6 +75,7 @@ class Agent:
             folder = attempt / str(rank)
             folder.mkdir(parents=True)
             logs.append(folder / "log")
+            logs[-1].touch()
             variables = {
                 "RANK": rank,
                 "WORLD_SIZE": world,
@@ -79,11 +89,12 @@ class Agent:
             process.start()
             processes.append(process)
         with _killed(processes):
-            deadline = begun + _WAIT_SECONDS
-            while any(process.is_alive() and not _is_stopped(process.pid) for process in processes):
-                assert time.monotonic() < deadline, [log.read_text() for log in logs]
+            while alive := [process for process in processes if process.is_alive() and not _is_stopped(process.pid)]:
+                assert time.monotonic() < begun + _WAIT_SECONDS, [log.read_text() for log in logs]
+                if first is None and (len(alive) < world or any("sseds: " in log.read_text() for log in logs)):
+                    first = time.monotonic()
                 time.sleep(0.02)
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - (first or time.monotonic())
         return Ended([process.exitcode for process in processes], [log.read_text() for log in logs], seconds)
 
 
@@ -125,3 +136,15 @@ def sseds(*args: str, file_limit: int | None = None) -> NoReturn:
     sys.argv = ["sseds", *args]
     main()
     raise AssertionError
+
+
+def damaged(prepared: Path, folder: Path) -> Path:
+    """A set with a block that cannot be read: one rank meets it, in the middle of training."""
+    shutil.copytree(prepared, folder)
+    file = folder / "train/part-00000.parquet"
+    pl.read_parquet(file).write_parquet(file, row_group_size=800)
+    begin = pq.ParquetFile(file).metadata.row_group(7).column(0).dictionary_page_offset
+    content = bytearray(file.read_bytes())
+    content[begin : begin + 100] = bytes(100)
+    file.write_bytes(content)
+    return folder

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.jobs import Agent, sseds
+from tests.distributed.jobs import Agent, damaged, sseds
 from tests.nodes import Node, elastic, ended, last_checkpoint, resumed, static
 from tests.ranks import free_port
 
@@ -91,3 +93,21 @@ def test_a_node_leaves_and_comes_back(config: Path, tmp_path: Path) -> None:
             stays.wait_until(lambda: len(resumed(stays)) == 2 and ranks() == 2)
             stopped = stays.said.split("stopped by SIGTERM after step ")[1].split(";")[0]
             assert resumed(stays)[1] == int(stopped)  # who comes costs no step
+
+
+def test_what_can_only_fail_again_is_tried_by_no_restart(config: Path, prepared: Path, tmp_path: Path) -> None:
+    data, port = damaged(prepared, tmp_path / "data"), free_port()
+    command = ["train", config, *SETTINGS, f"data.path={data}", "--run-dir", tmp_path / "run"]
+    nodes = [Node(tmp_path / f"{i}.log", elastic(port), *command, restarts=1) for i in (0, 1)]
+    with ended(*nodes):
+        nodes[0].wait_until(lambda: bool(nodes[0].lines))
+        begun = time.monotonic()
+        nodes[1].wait_until(lambda: bool(nodes[1].lines))
+        assert time.monotonic() - begun < 30
+        shutil.rmtree(data)
+        shutil.copytree(prepared, data)  # too late: nobody looks again
+        assert [node.wait() for node in nodes] == [1, 1]
+    for node in nodes:
+        first, again = node.lines  # one a start
+        assert first == again and first.startswith(f"sseds: {data}/train/part-00000.parquet: cannot be read")
+        assert f"traceback : {first.removeprefix('sseds: ')}" in node.said  # torchrun's summary

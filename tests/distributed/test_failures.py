@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -12,8 +11,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import polars as pl
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +19,7 @@ from sseds_rec.distributed import failures
 from sseds_rec.distributed.rendezvous import meet
 from sseds_rec.distributed.runtime import Runtime, runtime
 from sseds_rec.errors import Preempted, UserError
-from tests.distributed.jobs import Agent, sseds, stop_myself
+from tests.distributed.jobs import Agent, damaged, sseds, stop_myself
 from tests.models.test_managed_collision import CONFIG as RAW_CONFIG
 from tests.models.test_managed_collision import write_raw_set
 
@@ -164,20 +161,8 @@ def _train(config: Path, run: Path) -> list[str]:
     return ["train", str(config), "train.table_optimizer=rowwise_adagrad", "--run-dir", str(run)]
 
 
-def _damaged(prepared: Path, folder: Path) -> Path:
-    """A set with a block that cannot be read: one rank meets it, in the middle of training."""
-    shutil.copytree(prepared, folder)
-    file = folder / "train/part-00000.parquet"
-    pl.read_parquet(file).write_parquet(file, row_group_size=800)
-    begin = pq.ParquetFile(file).metadata.row_group(7).column(0).dictionary_page_offset
-    content = bytearray(file.read_bytes())
-    content[begin : begin + 100] = bytes(100)
-    file.write_bytes(content)
-    return folder
-
-
 def test_what_only_one_rank_reads_ends_both(prepared: Path, config: Path, tmp_path: Path) -> None:
-    data = _damaged(prepared, tmp_path / "damaged")
+    data = damaged(prepared, tmp_path / "damaged")
     job = Agent(tmp_path).run([partial(sseds, *_train(config, tmp_path / "run"), f"data.path={data}")] * 2, [0, 1])
     assert job.codes == [2, 2] and job.seconds < LIMIT_SECONDS
     assert job.errors(0) == job.errors(1) and len(job.errors(0)) == 1, job.wrote
