@@ -40,7 +40,7 @@ def torchrun(ranks: int, *args: object) -> str:
 
 def torchx(*args: object, cwd: Path, **environment: str) -> Command:
     """What TorchX's command line does in a folder, with this `sseds_rec` in reach of its jobs."""
-    everything = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    everything = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-m", "torchx.cli.main", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=everything, check=False)
     return Command(done.returncode, done.stdout, done.stderr)
