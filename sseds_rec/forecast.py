@@ -22,9 +22,8 @@ from sseds_rec.models.ctr import build_model, build_slim_model, names_in_scores,
 from sseds_rec.search.budget import Budget
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.training.config import TrainConfig
+from sseds_rec.training.memory import divided_bytes, replicated_bytes
 from sseds_rec.training.optimizers import fuse_table_optimizer, placement_for
-
-_TABLE = ".embedding_bags."
 
 #: Where a config says what an option says of a list of tables.
 _IN_CONFIG = {
@@ -124,30 +123,17 @@ def _of_config(
 
 def _workload(config: Config, model: nn.Module, train: TrainConfig, kind: Literal["cuda", "cpu"]) -> Workload:
     placement = placement_for(train.table_optimizer, config.sharding.type, torch.device(kind))
-    data_parallel = config.sharding.data_parallel_tables
-    fuse_table_optimizer(model, train.table_optimizer, train.table_rate, placement, data_parallel)
-    dense = [parameter for name, parameter in model.named_parameters() if _TABLE not in name]
-    numbers = sum(parameter.numel() for parameter in dense)
-    buffers = [buffer.numel() * buffer.element_size() for buffer in model.buffers() if not buffer.is_meta]
+    sharding = config.sharding.model_copy(update={"type": placement})
+    fuse_table_optimizer(model, train.table_optimizer, train.table_rate, placement, sharding.data_parallel_tables)
     return Workload(
         model=model,
         optimizer=train.table_optimizer,
         batch_size=train.batch_size,
         is_global=True,
-        sharding=config.sharding.model_copy(update={"type": placement}),
-        dense_bytes=round(4 * numbers * (2 + _states(train))) + sum(buffers),  # float32: weight, gradient, states
-        divided_bytes=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers() if buffer.is_meta),
+        sharding=sharding,
+        dense_bytes=replicated_bytes(model, train, sharding),
+        divided_bytes=divided_bytes(model),
     )
-
-
-def _states(train: TrainConfig) -> float:
-    """Numbers that the dense optimizer keeps for each parameter, counted after a step of its own."""
-    parameter = nn.Parameter(torch.zeros(64, 64))
-    parameter.grad = torch.zeros_like(parameter)
-    optimizer = getattr(torch.optim, train.optimizer)([parameter], **train.optimizer_options)
-    optimizer.step()
-    kept = [value.numel() for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
-    return sum(size for size in kept if size > 1) / parameter.numel()  # one number is a count of steps
 
 
 def _of_tables(path: str, plan: DimensionPlan | None, options: TableOptions) -> tuple[Workload, Workload | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -49,6 +50,7 @@ from sseds_rec.stages import Stage
 from sseds_rec.training.checkpoint import load_weights, save_weights
 from sseds_rec.training.compute import prepare_dense
 from sseds_rec.training.config import TrainConfig
+from sseds_rec.training.memory import divided_bytes, replicated_bytes
 from sseds_rec.training.metrics import evaluate
 from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer, placement_for
 from sseds_rec.training.trainer import Loaders, Trainer
@@ -291,7 +293,9 @@ class Pipeline:
         # From here on ranks draw different numbers: each its own shards' start, and its own dropout.
         torch.manual_seed(self.config.seed + self.runtime.rank)
         config = own.model_copy(update={"type": self.placement})
-        return shard(model, config, self.runtime, self.batch_size, own.slim_plan if slim else own.base_plan)
+        plan = own.slim_plan if slim else own.base_plan
+        beside = replicated_bytes(model, train, config) + math.ceil(divided_bytes(model) / self.runtime.world_size)
+        return shard(model, config, self.runtime, self.batch_size, plan, beside)
 
     def _seed(self) -> None:
         """Makes a stage independent of what ran before it in this process."""

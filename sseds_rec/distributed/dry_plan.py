@@ -10,36 +10,30 @@ from typing import Any
 import numpy as np
 import torch
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.planner import EmbeddingShardingPlanner
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
 from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
-from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import (
     ParameterConstraints,
     PlannerError,
     Proposer,
     ShardingOption,
     Stats,
-    Storage,
+    StorageReservation,
     Topology,
 )
-from torchrec.distributed.types import ShardingPlan, ShardingType
+from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS
 
 from sseds_rec.distributed.hardware import Cluster
 from sseds_rec.distributed.managed import IdTable
-from sseds_rec.distributed.reservation import storage_reservation
+from sseds_rec.distributed.planner import fused_optimizer, table_planner
 from sseds_rec.distributed.sharding import sharders_for, table_constraints
 from sseds_rec.distributed.tables import embedding_modules, table_configs
 from sseds_rec.distributed.workload import Workload
-from sseds_rec.footprint import STATE_BYTES, STATES, Optimizer, state_bytes
+from sseds_rec.footprint import state_bytes
 
 #: What lies in a device's memory, from the bottom of a picture to its top.
 PARTS = ("weights", "optimizer", "lookups", "dense", "margin")
 
-#: The name by which the planner's estimators of speed are made when nobody asks for one.
-_ESTIMATOR = "default_estimator"
 _FUSED, _DENSE = EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value
 
 
@@ -103,23 +97,10 @@ class _Attempt:
         self._workload, self._cluster = workload, cluster
         where, rows = cluster.topology(), workload.rows(cluster.world_size)
         constraints = table_constraints(workload.model, workload.sharding, where)
-        dense = workload.beside_tables(cluster.world_size) + _replicated_bytes(workload, constraints)
         self._least = _least(workload, cluster, constraints)
-        self._reservation = storage_reservation(dense)
         self._chosen = _Chosen()
-        estimators = [
-            EmbeddingPerfEstimatorFactory.create(_ESTIMATOR, topology=where, constraints=constraints),
-            _StorageEstimator(where, constraints, workload.optimizer),
-        ]
-        self._planner = EmbeddingShardingPlanner(
-            topology=where,
-            batch_size=rows,
-            constraints=constraints,
-            enumerator=_Enumerator(where, rows, constraints, estimators),
-            storage_reservation=self._reservation,
-            proposer=_until_first() if first else None,
-            stats=[self._chosen],
-        )
+        beside, proposers = workload.beside_tables(cluster.world_size), _until_first() if first else None
+        self._planner = table_planner(where, constraints, rows, beside, proposers, self._chosen)
         self._sharders = sharders_for(workload.sharding, torch.device(cluster.device.kind))
 
     def run(self) -> bool:
@@ -138,9 +119,8 @@ class _Attempt:
     def placement(self) -> Placement:
         """Of the plan that was found."""
         device, ranks = self._cluster.device, self._cluster.world_size
-        reserved = self._reservation.last_reserved_topology
-        assert reserved is not None
-        left = reserved.devices[0].storage
+        assert self._chosen.reserved is not None, "there is a plan"
+        left = self._chosen.reserved.devices[0].storage
         memory = {part: np.zeros(ranks, np.int64) for part in PARTS}
         memory["margin"] += device.margin
         memory["dense"] += device.memory - (left.hbm if device.kind == "cuda" else left.ddr) - device.margin
@@ -149,11 +129,10 @@ class _Attempt:
             for shard in option.shards:
                 in_memory = shard.storage.hbm if device.kind == "cuda" else shard.storage.ddr
                 weights = math.prod(shard.size) * option.tensor.element_size()
-                states = state_bytes(shard.size[0], shard.size[1], self._workload.optimizer)
-                is_fused = option.compute_kernel == _FUSED
+                optimizer = fused_optimizer(option)
                 held = {
-                    "weights": weights if is_fused or option.compute_kernel == _DENSE else 0,
-                    "optimizer": states if is_fused else 0,
+                    "weights": weights if option.compute_kernel in (_FUSED, _DENSE) else 0,
+                    "optimizer": state_bytes(shard.size[0], shard.size[1], optimizer) if optimizer else 0,
                 }
                 for part, size in {**held, "lookups": in_memory - sum(held.values())}.items():
                     memory[part][shard.rank] += size
@@ -176,39 +155,17 @@ class _Chosen(Stats):
     def __init__(self) -> None:
         self.options: list[ShardingOption] = []
         self.plan = ShardingPlan({})
+        self.reserved: Topology | None = None
 
-    def log(self, *args: Any, sharding_plan: ShardingPlan, best_plan: list[ShardingOption], **facts: Any) -> None:
-        self.options, self.plan = best_plan, sharding_plan
-
-
-class _Enumerator(EmbeddingEnumerator):
-    """The planner's, in an order of its own: TorchRec's goes by a set of strings, and so do ties between plans."""
-
-    def enumerate(self, *args: Any, **options: Any) -> list[ShardingOption]:
-        found = super().enumerate(*args, **options)
-        place = {option.fqn: place for place, option in enumerate(found)}
-        simple = ShardingType.TABLE_WISE.value
-        return sorted(found, key=lambda o: (place[o.fqn], o.sharding_type != simple, o.sharding_type, o.compute_kernel))
-
-
-class _StorageEstimator(EmbeddingStorageEstimator):
-    """The planner's, with optimizer states as FBGEMM keeps them: TorchRec 1.8 takes them to be as wide as the weights' numbers
-    are, and as many for LAMB as for Adagrad; and of column-wise shards it divides what each has a number a row of."""
-
-    def __init__(self, topology: Topology, constraints: dict[str, ParameterConstraints], optimizer: Optimizer) -> None:
-        super().__init__(topology=topology, constraints=constraints)
-        self._optimizer, self._on_gpu = optimizer, topology.compute_device == "cuda"
-
-    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: Any) -> None:
-        super().estimate(sharding_options, sharder_data_map)
-        for option in sharding_options:
-            if option.compute_kernel != _FUSED:
-                continue
-            counted = {"sgd": 0, "adam": 2, "rowwise_adagrad": 1 / option.tensor.shape[1]}.get(self._optimizer, 1)
-            for shard in option.shards:
-                weights = math.prod(shard.size) * option.tensor.element_size()
-                missing = state_bytes(shard.size[0], shard.size[1], self._optimizer) - math.ceil(weights * counted)
-                shard.storage += Storage(hbm=missing, ddr=0) if self._on_gpu else Storage(hbm=0, ddr=missing)
+    def log(
+        self,
+        *args: Any,
+        sharding_plan: ShardingPlan,
+        best_plan: list[ShardingOption],
+        storage_reservation: StorageReservation,
+        **facts: Any,
+    ) -> None:
+        self.options, self.plan, self.reserved = best_plan, sharding_plan, storage_reservation.last_reserved_topology
 
 
 class _UntilFirst(Proposer):
@@ -272,14 +229,3 @@ def _critical_path(options: list[ShardingOption]) -> dict[str, float]:
             longest[group] = max(longest.get(group, 0.0), time)
         step[name] = sum(longest.values())
     return step
-
-
-def _replicated_bytes(workload: Workload, constraints: dict[str, ParameterConstraints]) -> int:
-    """Gradients and optimizer states of data-parallel tables, which the planner leaves out, on every rank."""
-    wide, _ = STATES[workload.optimizer]
-    total = 0
-    for module in embedding_modules(workload.model).values():
-        for table in table_configs(module):
-            if constraints[table.name].sharding_types == [ShardingType.DATA_PARALLEL.value]:
-                total += table.num_embeddings * table.embedding_dim * STATE_BYTES * (1 + wide)
-    return total

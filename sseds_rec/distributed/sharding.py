@@ -8,7 +8,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import (
     CacheParams,
@@ -24,7 +24,7 @@ from sseds_rec.constants import KERNEL_MULTIPLE
 from sseds_rec.distributed.machine import job_cluster
 from sseds_rec.distributed.managed import ManagedSharder, is_managed
 from sseds_rec.distributed.plan_file import load_plan
-from sseds_rec.distributed.reservation import storage_reservation
+from sseds_rec.distributed.planner import table_planner
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharders import BagSharder
 from sseds_rec.distributed.sharding_config import VIRTUAL, CommPrecision, Placement, ShardingConfig, TableSharding
@@ -36,7 +36,12 @@ _VIRTUAL_BUCKETS = 1024
 
 
 def shard(
-    model: nn.Module, config: ShardingConfig, runtime: Runtime, batch_size: int, plan: str | None = None
+    model: nn.Module,
+    config: ShardingConfig,
+    runtime: Runtime,
+    batch_size: int,
+    plan: str | None = None,
+    dense_bytes: int | None = None,
 ) -> DistributedModelParallel:
     """Plans a model whose tables are on the meta device and wraps it; each rank makes only its own shards.
 
@@ -46,6 +51,7 @@ def shard(
         runtime: of this process.
         batch_size: rows per rank and step, for the planner's estimates.
         plan: file of a plan, by `save_plan`, to be taken instead of the planner's.
+        dense_bytes: of each rank, for all but sharded tables; None for what the dense parameters take with Adam.
 
     Raises:
         UserError: the tables do not fit this topology under the constraints, a precision is not one that it sends, or the
@@ -59,7 +65,7 @@ def shard(
     def place() -> ShardingPlan:
         if plan is not None:
             return load_plan(plan, model, where, constraints)
-        return plan_sharding(model, config, where, batch_size, sharders)
+        return plan_sharding(model, config, where, batch_size, sharders, dense_bytes)
 
     alone = runtime.world_size == 1
     sharded = DistributedModelParallel(
@@ -88,22 +94,27 @@ def sharders_for(config: ShardingConfig, device: torch.device) -> list[ModuleSha
 
 
 def plan_sharding(
-    model: nn.Module, config: ShardingConfig, where: Topology, batch_size: int, sharders: list[ModuleSharder[nn.Module]]
+    model: nn.Module,
+    config: ShardingConfig,
+    where: Topology,
+    batch_size: int,
+    sharders: list[ModuleSharder[nn.Module]],
+    dense_bytes: int | None = None,
 ) -> ShardingPlan:
-    """The planner's placement of every table; needs no process group.
+    """The planner's placement of every table; needs no process group. Arguments as of `shard`.
 
     Raises:
         UserError: no plan fits, or a table cannot be split as is asked (names it).
     """
     constraints = table_constraints(model, config, where)
-    planner = EmbeddingShardingPlanner(
-        topology=where, constraints=constraints, batch_size=batch_size, storage_reservation=storage_reservation()
-    )
     try:
-        return planner.plan(model, sharders)
+        return table_planner(where, constraints, batch_size, dense_bytes).plan(model, sharders)
     except PlannerError as error:
+        each = where.devices[0].storage
+        memory = each.hbm if where.compute_device == "cuda" else each.ddr
         raise UserError(
-            f"sharding.type={config.type}: no plan fits {where.world_size} x {where.compute_device}: {_first_line(error)}"
+            f"sharding.type={config.type}: no plan fits {where.world_size} x {where.compute_device} with {memory / 2**30:.2f} "
+            f"GiB each: {_first_line(error)}; `sseds forecast` tells what would"
         ) from None
 
 

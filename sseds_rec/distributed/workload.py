@@ -8,27 +8,17 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torchrec.optim
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from sseds_rec.constants import stored_dim
+from sseds_rec.distributed.planner import OPTIMIZERS
 from sseds_rec.distributed.sharding_config import ShardingConfig
 from sseds_rec.distributed.tables import embedding_modules, table_configs
 from sseds_rec.footprint import Optimizer, Precision, state_bytes
 
-_OPTIMIZERS: dict[Optimizer, type[torch.optim.Optimizer]] = {
-    "sgd": torchrec.optim.SGD,
-    "lars_sgd": torchrec.optim.LarsSGD,
-    "adagrad": torchrec.optim.Adagrad,
-    "rowwise_adagrad": torchrec.optim.RowWiseAdagrad,
-    "adam": torchrec.optim.Adam,
-    "partial_rowwise_adam": torchrec.optim.PartialRowWiseAdam,
-    "lamb": torchrec.optim.LAMB,
-    "partial_rowwise_lamb": torchrec.optim.PartialRowWiseLAMB,
-}
 _TYPES: dict[Precision, DataType] = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
 
 
@@ -106,5 +96,5 @@ def tables_only(
         if shape.columns
     ]
     bags = EmbeddingBagCollection(tables, device=torch.device("meta"))
-    apply_optimizer_in_backward(_OPTIMIZERS[optimizer], bags.parameters(), {"lr": 1.0})
+    apply_optimizer_in_backward(OPTIMIZERS[optimizer], bags.parameters(), {"lr": 1.0})
     return Workload(nn.ModuleDict({"tables": bags}), optimizer, batch_size, dense_bytes=dense_bytes)
