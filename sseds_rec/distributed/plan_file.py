@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
@@ -25,18 +25,26 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
+from sseds_rec.constants import KERNEL_MULTIPLE
+from sseds_rec.distributed.sharding_config import Kernel, ShardingKind
 from sseds_rec.distributed.tables import embedding_modules, table_configs
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json, write_json
 
+Offset = Annotated[int, Field(ge=0)]
+
+#: Sharding types whose shards have all columns, or all rows.
+_ALL_COLUMNS = {"table_wise", "row_wise", "table_row_wise"}
+_ALL_ROWS = {"table_wise", "column_wise", "table_column_wise"}
+
 
 class Shard(BaseModel):
-    """A block of a table: its first row and column, its rows and columns, and the rank that holds it."""
+    """A block of a table: its first row and column, its rows (none on a rank that is left over) and columns, and its rank."""
 
     model_config = ConfigDict(extra="forbid")
 
-    shard_offsets: tuple[int, int]
-    shard_sizes: tuple[int, int]
+    shard_offsets: tuple[Offset, Offset]
+    shard_sizes: tuple[Offset, Annotated[int, Field(ge=1)]]
     rank: int = Field(ge=0)
 
 
@@ -47,9 +55,9 @@ class PlacedTable(BaseModel):
 
     rows: int = Field(ge=1)
     embedding_dim: int = Field(ge=1)
-    sharding_type: str
-    compute_kernel: str
-    ranks: list[int]
+    sharding_type: ShardingKind
+    compute_kernel: Literal[Kernel, "dense"]
+    ranks: list[Offset]
     shards: list[Shard] = []
 
     @property
@@ -150,7 +158,8 @@ def load_plan(
                     f"{path}: table {name} is {placed.rows:,} x {placed.embedding_dim} in the plan, and "
                     f"{table.num_embeddings:,} x {table.embedding_dim} in the model; make the plan of this model"
                 )
-            _check_covers(path, name, placed, where.world_size)
+            if wrong := _wrong(placed, where, constraints[name]):
+                raise UserError(f"{path}: table {name}: {wrong}")
         plan[module_path] = EmbeddingModuleShardingPlan(
             {name: _sharding(placed, where, constraints[name]) for name, placed in own.items()}
         )
@@ -161,10 +170,33 @@ def _other(path: str | Path, what: str, where: str) -> UserError:
     return UserError(f"{path}: {what} is in the {where} only; make the plan of this model")
 
 
-def _check_covers(path: str | Path, name: str, placed: PlacedTable, world_size: int) -> None:
-    """Refuses shards that leave a part of the table on no rank or on two, or are on a rank that there is not."""
-    if placed.sharding_type == ShardingType.DATA_PARALLEL.value:
-        return
+def _wrong(placed: PlacedTable, where: Topology, constraint: ParameterConstraints) -> str | None:
+    """Why TorchRec could not place a table so, if it could not."""
+    kind, kernel, shards = placed.sharding_type, placed.compute_kernel, placed.shards
+    is_replicated = kind == ShardingType.DATA_PARALLEL.value
+    if is_replicated != (constraint.sharding_types == [ShardingType.DATA_PARALLEL.value]):
+        return f"{kind} goes with {'no' if is_replicated else 'a'} fused optimizer, the config says otherwise: sharding.tables"
+    if is_replicated != (kernel == "dense") or (where.compute_device == "cpu" and kernel not in ("dense", "fused")):
+        return f"kernel {kernel} is none for {kind} on {where.compute_device}"
+    if any(rank >= where.world_size for rank in [*placed.ranks, *(shard.rank for shard in shards)]):
+        return f"it is on a rank that {where.world_size} ranks do not have"
+    if is_replicated:
+        return "shards, though every rank has it whole" if shards else None
+    if placed.ranks != [shard.rank for shard in shards]:
+        return "its ranks are not those of its shards"
+    if kind == ShardingType.TABLE_WISE.value and len(shards) != 1:
+        return f"table_wise is one shard, not {len(shards)}"
+    if kind in _ALL_COLUMNS and any(shard.shard_sizes[1] != placed.embedding_dim for shard in shards):
+        return f"a shard of {kind} has all {placed.embedding_dim} columns"
+    if kind in _ALL_ROWS and any(shard.shard_sizes[0] != placed.rows for shard in shards):
+        return f"a shard of {kind} has all {placed.rows} rows"
+    if any(shard.shard_sizes[1] % KERNEL_MULTIPLE for shard in shards):
+        return f"a shard's columns are no multiple of {KERNEL_MULTIPLE}"
+    return _uncovered(placed) or _uneven(placed, where)
+
+
+def _uncovered(placed: PlacedTable) -> str | None:
+    """Whether a part of the table is in no shard or in two."""
     area = 0
     for i, (first, size) in enumerate(placed.blocks):
         area += size[0] * size[1]
@@ -173,10 +205,28 @@ def _check_covers(path: str | Path, name: str, placed: PlacedTable, world_size: 
             all(a < b + m and b < a + n for a, n, b, m in zip(first, size, *other, strict=True))
             for other in placed.blocks[:i]
         )
-        if over or twice or placed.shards[i].rank >= world_size:
-            raise UserError(f"{path}: table {name}: shard {i} overlaps another, or lies outside the table or the job")
-    if area != placed.rows * placed.embedding_dim:
-        raise UserError(f"{path}: table {name}: its shards do not hold all of it")
+        if over or twice:
+            return f"shard {i} overlaps another, or lies outside the table"
+    return None if area == placed.rows * placed.embedding_dim else "its shards do not hold all of it"
+
+
+def _uneven(placed: PlacedTable, where: Topology) -> str | None:
+    """Whether rows are split otherwise than TorchRec, which sends ids by the size of a block, takes them to be."""
+    if placed.sharding_type in _ALL_ROWS:
+        return None
+    parts = where.world_size if placed.sharding_type == ShardingType.ROW_WISE.value else where.local_world_size
+    block = -(-placed.rows // parts)
+    for i, shard in enumerate(placed.shards):
+        part, begin = i % parts, min(i % parts * block, placed.rows)
+        if (shard.shard_offsets[0], shard.shard_sizes[0]) != (begin, min(block, placed.rows - begin)):
+            return (
+                f"shard {i} of {placed.sharding_type} is not {block} rows from row {begin} on, or what is left of them"
+            )
+        if shard.rank % parts != part or shard.rank // parts != placed.shards[i - part].rank // parts:
+            return (
+                f"shard {i} of {placed.sharding_type} is not on rank {part} of {parts}: rows go to all ranks in order"
+            )
+    return None
 
 
 def _placed(table: EmbeddingBagConfig, placed: ParameterSharding) -> PlacedTable:
