@@ -245,9 +245,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if (
-            "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        ):  # the other ranks wait for this one
+        if _others_wait():
             from sseds_rec.distributed.failures import end_job
 
             end_job(error)
@@ -256,6 +254,12 @@ def main() -> None:
             raise
         print_error(message)
         sys.exit(2)
+
+
+def _others_wait() -> bool:
+    """Whether this process is one of a job's, which its verb would have joined."""
+    is_rank = "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return is_rank and sys.argv[1:2] not in (["prepare"], ["export"], ["forecast"])
 
 
 def _run() -> int | None:

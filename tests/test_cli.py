@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,3 +210,13 @@ def test_prepare_refuses_bad_tables(click_log: Path, sseds: Sseds, tmp_path: Pat
     ).write_csv(tmp_path / "text.csv")
     _refused(table(tmp_path / "text.csv", *good, "--numeric", "price"), "text.csv", "price", "abc", "8")
     assert not output.exists() and not list(tmp_path.glob(".set*"))
+
+
+def test_a_verb_that_joins_no_job_waits_for_no_rank() -> None:
+    environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1"}
+    command = [sys.executable, "-m", "sseds_rec", "export", "nothing-here", "--format", "torchrec"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=20, check=False
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "nothing-here" in done.stderr

@@ -60,6 +60,14 @@ def _launch(
     if not shape:
         _refuse(verb, f"-j {j}: give NODESxPROCESSES, as in 2x8")
     processes = int(shape[1])
+    for option, value, most in (
+        ("cpu", cpu, None),
+        ("gpu", gpu, None),
+        ("memMB", memMB, None),
+        ("rdzv_port", rdzv_port, 65535),
+    ):
+        if value < 0 or (most is not None and value > most):
+            _refuse(verb, f"--{option} {value}: give a number from 0 on" + (f" up to {most}" if most else ""))
     try:
         variables = to_dict(env or "")
     except ValueError:

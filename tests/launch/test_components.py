@@ -261,6 +261,8 @@ def test_help_names_the_options_of_launch_and_verb(tmp_path: Path) -> None:
         ("run", "--config c -h gpu.smal", "Did you mean `gpu.small`?"),
         ("run", "--config c -j 1x4 --gpu 2", "4 processes need as many GPUs a node, and it has 2"),
         ("run", "--config c --env A", "--env A: give NAME=VALUE"),
+        ("run", "--config c --memMB=-5", "--memMB -5: give a number from 0 on"),
+        ("run", "--config c --rdzv_port 99999", "--rdzv_port 99999: give a number from 0 on up to 65535"),
         ("run", "--config c --mounts type=bind,src=/a", "--mounts type=bind,src=/a: give type="),
         ("slim", "-j 1x2", "give --config FILE for a run, or --plan FILE and then SRC DST"),
         ("slim", "--config c --plan p", "give --config FILE for a run, or --plan FILE and then SRC DST"),
