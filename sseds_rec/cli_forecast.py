@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from sseds_rec.distributed.hardware import GIB, Cluster
+from sseds_rec.constants import WIDEST
+from sseds_rec.distributed.hardware import Cluster, binary_unit, show_size
 from sseds_rec.errors import UserError
 from sseds_rec.footprint import Optimizer, Precision
 from sseds_rec.output import console, print_json
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from sseds_rec.distributed.capacity import Forecast
 
 _FORMS = (".svg", ".png", ".pdf")
-_BAR = 60  # characters
+_BAR = 40  # characters, so that a line has 80
 _PARTS = {
     "weights": "weights",
     "optimizer": "optimizer states",
@@ -50,7 +51,7 @@ def forecast(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config values to change.")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="plan.json of a search: forecast the slim model too.")] = None,
-    embedding_dim: Annotated[int | None, typer.Option(min=1, help="Of tables that do not say it.")] = None,
+    embedding_dim: Annotated[int | None, typer.Option(min=1, max=WIDEST, help="Of tables that do not say it.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows a step of each GPU, for lists of tables; 2048 if not given.")
     ] = None,
@@ -79,7 +80,7 @@ def forecast(
     from sseds_rec.forecast import TableOptions, workloads
 
     options = TableOptions(embedding_dim, batch_size, optimizer, precision)
-    base, slim = workloads(source, overrides or [], plan, options, where.device.kind)
+    base, slim = workloads(source, overrides or [], plan, options, where)
     models = {"base": base} | ({"slim": slim} if slim else {})
     found = {name: plan_for_cluster(own, where) for name, own in models.items()}
     _print(found, where)
@@ -109,29 +110,31 @@ def _ratios(found: dict[str, Forecast]) -> dict[str, float | None]:
 
 
 def _print(found: dict[str, Forecast], where: Cluster) -> None:
-    table = Table(title=escape(f"Forecast for {where}: {where.world_size} ranks of {_gib(where.device.memory)} GiB"))
-    table.add_column("", no_wrap=True)
-    for name in found:
-        table.add_column(name, justify="right")
-    if len(found) == 2:
-        table.add_column("base/slim", justify="right")
+    unit, _ = binary_unit(where.device.memory)
+    on_gpu = where.device.kind == "cuda"
+    console.print(escape(f"Forecast for {where}: {where.world_size} ranks of {show_size(where.device.memory)}"))
+    table = Table()
+    table.add_column("", overflow="fold")  # never an ellipsis: in a pipe it would be lost
+    for name in [*found, "base/slim"] if len(found) == 2 else found:
+        table.add_column(name, justify="right", overflow="fold")
     ratios = _ratios(found) if len(found) == 2 else {}
 
     def row(label: str, show: Callable[[Forecast], str], ratio: str = "") -> None:
         times = [f"{ratios[ratio]:.2f}" if ratios.get(ratio) else ""] if ratios else []
         table.add_row(label, *(escape(show(own)) for own in found.values()), *times)
 
-    row("fits", lambda own: "yes" if own.fits else f"no: {_gib(own.over)} GiB over")
+    row("fits", lambda own: "yes" if own.fits else f"no: {show_size(own.over)} over")
     row("tables", lambda own: f"{own.tables:,}")
     row("rows a step and rank", lambda own: f"{own.batch_size:,}")
-    row("weights, GiB", lambda own: _gib(own.weight_bytes))
-    row("weights and optimizer, GiB", lambda own: _gib(own.weight_bytes + own.optimizer_bytes), "table_bytes")
+    row("weights", lambda own: show_size(own.weight_bytes))
+    row("weights and optimizer", lambda own: show_size(own.weight_bytes + own.optimizer_bytes), "table_bytes")
     table.add_section()
-    row("GiB a rank", lambda own: "min/mean/max")
-    row("HBM" if where.device.kind == "cuda" else "memory", lambda own: _spread(own, "memory"))
+    row(f"{unit} a rank", lambda own: "min mean max")
+    row("HBM" if on_gpu else "memory", lambda own: _spread(own, "memory"))
     for part, label in _PARTS.items():
-        row(f"  {label}", lambda own, part=part: _spread(own, part))  # type: ignore[misc]
-    if where.device.kind == "cuda":
+        if on_gpu or part != "margin":
+            row(f"  {label}", lambda own, part=part: _spread(own, part))  # type: ignore[misc]
+    if on_gpu:
         row("DDR", lambda own: _spread(own, "ddr"))
     table.add_section()
     row("embedding step, ms *", lambda own: f"{sum(own.placement.step.values()):.2f}", "step")
@@ -155,20 +158,21 @@ def _print(found: dict[str, Forecast], where: Cluster) -> None:
 
 def _print_bars(found: dict[str, Forecast], where: Cluster) -> None:
     """The fullest rank of each model, on one scale."""
-    from sseds_rec.report.memory import PARTS
+    from sseds_rec.report.memory import parts_in
 
+    parts = parts_in([own.placement.memory for own in found.values()])
     most = max(where.device.memory, *(int(own.placement.used.max()) for own in found.values()))
     limit = round(_BAR * where.device.memory / most)
     for name, own in found.items():
         placement = own.placement
         fullest = int(placement.used.argmax())
         bar, end = "", 0.0
-        for part, (_, color) in PARTS.items():
+        for part, (_, color) in parts.items():
             end += float(placement.memory[part][fullest])
             bar += f"[{color}]" + "█" * (round(_BAR * end / most) - bar.count("█")) + "[/]"
-        console.print(f"{name:>5} {bar}{' ' * (_BAR - bar.count('█'))} fullest rank, {_gib(placement.used.max())} GiB")
-    console.print(f"{'':>5} {'':>{limit - 1}}▲ the device has {_gib(where.device.memory)} GiB")
-    console.print("      " + "  ".join(f"[{color}]█[/] {words}" for words, color in PARTS.values()))
+        console.print(f"{name:>5} {bar}{' ' * (_BAR - bar.count('█'))} fullest rank, {show_size(placement.used.max())}")
+    console.print(f"{'':>5} {' ' * (limit - 1)}▲ the device has {show_size(where.device.memory)}")
+    console.print("  ".join(f"[{color}]█[/] {_PARTS[part]}" for part, (_, color) in parts.items()), soft_wrap=False)
 
 
 def _draw(found: dict[str, Forecast], where: Cluster, path: Path) -> None:
@@ -177,27 +181,28 @@ def _draw(found: dict[str, Forecast], where: Cluster, path: Path) -> None:
 
     panels = []
     for name, own in found.items():
-        verdict = "fits" if own.fits else f"does not fit, the fullest rank is {_gib(own.over)} GiB over"
+        verdict = "fits" if own.fits else f"does not fit, the fullest rank is {show_size(own.over)} over"
         needs = f"smallest cluster: {_smallest(own)}"
         panels.append(Panel(f"{name} on {where}: {verdict}; {needs}", own.placement.memory))
     write_figure(path, lambda: memory_per_rank(panels, where.device.memory, where.per_node))
 
 
 def _smallest(own: Forecast) -> str:
-    from sseds_rec.distributed.capacity import MOST_NODES
+    from sseds_rec.distributed.capacity import largest_cluster
 
-    return f"{own.smallest}" if own.smallest else f"more than {MOST_NODES} nodes"
+    return f"{own.smallest or f'more than {largest_cluster(own.placement.cluster)}'}"
 
 
 def _spread(own: Forecast, name: str) -> str:
     placement = own.placement
     sizes = {"memory": placement.used, "ddr": placement.ddr, **placement.memory}[name]
-    return "/".join(_gib(size) for size in (sizes.min(), sizes.mean(), sizes.max()))
+    _, unit = binary_unit(placement.cluster.device.memory)
+    return " ".join(_number(size / unit) for size in (sizes.min(), sizes.mean(), sizes.max()))
 
 
 def _counts(counts: dict[str, int]) -> str:
     return "\n".join(f"{number} {name}" for name, number in counts.items())
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.1f}" if size >= 0.05 * GIB or not size else f"{size / GIB:.1g}"
+def _number(size: float) -> str:
+    return f"{size:,.1f}" if size >= 0.05 or not size else f"{size:.1g}"

@@ -12,13 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
 from sseds_rec.config import Config, load_config
+from sseds_rec.constants import WIDEST
 from sseds_rec.data.dataset import open_dataset
 from sseds_rec.data.schema import FILE_NAME, Schema
+from sseds_rec.distributed.hardware import Cluster
 from sseds_rec.distributed.workload import Shape, Workload, tables_only
 from sseds_rec.errors import UserError
 from sseds_rec.files import exists, join, read_json
 from sseds_rec.footprint import Optimizer, Precision
-from sseds_rec.models.ctr import build_model, build_slim_model, names_in_scores, plan_for, rows_of
+from sseds_rec.models.ctr import build_model, build_slim_model, names_in_scores, plan_for, rows_of, table_names
 from sseds_rec.search.budget import Budget
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.training.config import TrainConfig
@@ -56,13 +58,13 @@ class TableEntry(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     name: str
-    num_embeddings: int = Field(ge=1)
-    embedding_dim: int | None = Field(None, ge=1)
+    num_embeddings: int = Field(ge=1, le=10**12)
+    embedding_dim: int | None = Field(None, ge=1, le=WIDEST)
     feature_names: list[str] = []
 
 
 def workloads(
-    source: str, overrides: list[str], plan: Path | None, options: TableOptions, kind: Literal["cuda", "cpu"]
+    source: str, overrides: list[str], plan: Path | None, options: TableOptions, cluster: Cluster
 ) -> tuple[Workload, Workload | None]:
     """The full and, with a plan, the slim workload.
 
@@ -71,10 +73,11 @@ def workloads(
         overrides: of the config.
         plan: file of a plan for these tables.
         options: for a schema or a list; a config says it itself.
-        kind: of the devices.
+        cluster: where it is to be trained.
 
     Raises:
-        UserError: a file is missing or wrong, the plan is of other tables, or an option does not go with the source.
+        UserError: a file is missing or wrong, the plan is of other tables, an option does not go with the source, or the config
+            does not go with the cluster or says how to place its tables.
     """
     found = DimensionPlan.load(plan) if plan else None
     if source.endswith(".json") or exists(join(source, FILE_NAME)):
@@ -84,7 +87,7 @@ def workloads(
     for option, hint in _IN_CONFIG.items():
         if getattr(options, option) is not None:
             raise UserError(f"--{option.replace('_', '-')} is for lists of tables; {hint}")
-    return _of_config(load_config(source, overrides), found, kind)
+    return _of_config(load_config(source, overrides), found, cluster)
 
 
 def search_budget(config: Config, schema: Schema) -> Budget:
@@ -109,10 +112,15 @@ def search_budget(config: Config, schema: Schema) -> Budget:
     return budget.model_copy(update={key: value for key, value in known.items() if getattr(budget, key) is None})
 
 
-def _of_config(
-    config: Config, plan: DimensionPlan | None, kind: Literal["cuda", "cpu"]
-) -> tuple[Workload, Workload | None]:
+def _of_config(config: Config, plan: DimensionPlan | None, cluster: Cluster) -> tuple[Workload, Workload | None]:
+    kind, ranks, rows = cluster.device.kind, cluster.world_size, config.train.batch_size
+    for key in ("base_plan", "slim_plan"):
+        if getattr(config.sharding, key) is not None:
+            raise UserError(f"sharding.{key}: a forecast makes its own plan; leave it out, or set it to null")
+    if rows % ranks:
+        raise UserError(f"train.batch_size={rows} does not divide by the {ranks} ranks of {cluster}; choose a multiple")
     schema = open_dataset(config.data).schema
+    config.sharding.check_tables(list(table_names(schema).values()))
     base = _workload(config, build_model(config.model, schema), config.train, kind)
     if plan is None:
         return base, None

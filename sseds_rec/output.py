@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sseds_rec.constants import STABLE
+from sseds_rec.distributed.hardware import show_size
 
 if TYPE_CHECKING:
     from sseds_rec.search.audit import Audit
@@ -98,11 +99,11 @@ def print_fit(search: dict[str, Any]) -> None:
         cut = (
             "the full model fits, nothing is cut"
             if kept["kept"] == kept["of"]
-            else f"{kept['fraction']:.1%} of the columns fit"
+            else f"{kept['fraction']:.1%} of the columns are kept"
         )
         console.print(
-            f"search: {search['budget']['fits']}: {cut}; the fullest rank has {memory['max'] / 2**30:.2f} "
-            f"of {memory['of'] / 2**30:.2f} GiB, margin and all"
+            f"search: {search['budget']['fits']}: {cut}; the fullest rank has {show_size(memory['max'])} "
+            f"of {show_size(memory['of'])}, margin and all"
         )
 
 

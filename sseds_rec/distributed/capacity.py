@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from sseds_rec.distributed.dry_plan import Placement, fits, need, place
-from sseds_rec.distributed.hardware import Cluster
+from sseds_rec.distributed.hardware import MOST_DEVICES, Cluster
 from sseds_rec.distributed.workload import Workload
 from sseds_rec.errors import UserError
 
-#: Where the search for the smallest cluster ends.
+#: Where the search for the smallest cluster ends, unless a larger one is known to do.
 MOST_NODES = 64
 
 
@@ -27,7 +27,7 @@ class Forecast:
         batch_size: rows a step of each rank.
         fits: whether the planner finds a plan.
         placement: that plan, or if there is none the one for as many devices of the smallest memory that would do.
-        smallest: the fewest devices of the kind that do, in nodes as large at most; None if more than `MOST_NODES` are needed.
+        smallest: the fewest devices of the kind that do, in nodes as large at most; None if `largest_cluster` does not.
     """
 
     weight_bytes: int
@@ -80,7 +80,7 @@ def forecast(workload: Workload, cluster: Cluster) -> Forecast:
         batch_size=workload.rows(cluster.world_size),
         fits=placement is not None,
         placement=placement or place_in_more(workload, cluster),
-        smallest=smallest_cluster(workload, cluster),
+        smallest=smallest_cluster(workload, cluster, holds=placement is not None),
     )
 
 
@@ -111,7 +111,12 @@ def place_in_more(workload: Workload, cluster: Cluster) -> Placement:
     return replace(found, cluster=cluster, memory={**found.memory, "margin": margin})
 
 
-def smallest_cluster(workload: Workload, like: Cluster) -> Cluster | None:
+def largest_cluster(like: Cluster) -> Cluster:
+    """The largest of this kind that the search for the smallest tries."""
+    return replace(like, nodes=min(MOST_NODES, MOST_DEVICES // like.per_node))
+
+
+def smallest_cluster(workload: Workload, like: Cluster, holds: bool = False) -> Cluster | None:
     """The fewest devices of this kind that the workload fits: 1, 2, 4, ... of one node, then whole nodes.
 
     Takes it that what fits some nodes fits more.
@@ -119,19 +124,21 @@ def smallest_cluster(workload: Workload, like: Cluster) -> Cluster | None:
     Args:
         workload: what is to be trained.
         like: its device, and how many a node has at most.
+        holds: whether `like` itself is known to do: then none larger is tried.
 
     Returns:
-        The cluster, or None if `MOST_NODES` do not hold it.
+        The cluster, or None if `largest_cluster` does not hold it.
     """
+    most = like.nodes if holds else largest_cluster(like).nodes
     for devices in [1 << power for power in range((like.per_node - 1).bit_length())]:
         alone = replace(like, nodes=1, per_node=devices)
         if _can(workload, alone):
             return alone
     low, high = 0, 1
-    while not _can(workload, replace(like, nodes=high)):
-        if high >= MOST_NODES:
+    while not (holds and high == most) and not _can(workload, replace(like, nodes=high)):
+        if high >= most:
             return None
-        low, high = high, min(2 * high, MOST_NODES)
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if _can(workload, replace(like, nodes=middle)) else (middle, high)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 KB, MB, GB, TB = 10**3, 10**6, 10**9, 10**12
 GIB = 2**30
 
+#: More devices than any job has; a planner's tables grow with them.
+MOST_DEVICES = 4096
+
 #: Share of a GPU's memory that is left to the CUDA context, NCCL's buffers and what the allocator loses to fragments: 4 GiB of
 #: 80. The planner's own default, 15 %, also stands for the dense part, which we count.
 MARGIN = 0.05
@@ -85,6 +88,7 @@ _KNOWN = [
 DEVICES: dict[str, Device] = {device.name: device for device in _KNOWN}
 
 _UNITS = {"": 1, "K": KB, "M": MB, "G": GB, "T": TB, "Ki": 2**10, "Mi": 2**20, "Gi": GIB, "Ti": 2**40}
+_SHOWN = [("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10), ("B", 1)]
 _EXAMPLE = "4x8xH100-80GB or 2x8xhbm=96GB,hbm_bw=4000GB/s,ddr=256GB"
 
 
@@ -113,13 +117,17 @@ class Cluster:
         bytes and GiB 2^30, GB/s bytes and Gbit/s bits a second.
 
         Raises:
-            UserError: it is not of that form, names no device (says the nearest), or a value is no size.
+            UserError: it is not of that form, has more than `MOST_DEVICES`, names no device (says the nearest), or a value is no
+                size.
         """
         found = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*x\s*(\S.*?)\s*", text, re.IGNORECASE)
         if not found or not int(found[1]) or not int(found[2]):
             raise UserError(f"cluster {text!r}: write NODES x DEVICES PER NODE x DEVICE, as in {_EXAMPLE}")
+        nodes, per_node = int(found[1]), int(found[2])
+        if nodes * per_node > MOST_DEVICES:
+            raise UserError(f"cluster {text!r}: it is of more than {MOST_DEVICES:,} devices; take fewer")
         try:
-            return cls(int(found[1]), int(found[2]), _device(found[3]))
+            return cls(nodes, per_node, _device(found[3]))
         except UserError as error:
             raise UserError(f"cluster {text!r}: {error}") from None
 
@@ -206,3 +214,14 @@ def _near(word: str, known: list[str]) -> str:
     lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.4)
     return f", did you mean {lower[near[0]]}?" if near else ""
+
+
+def binary_unit(size: float) -> tuple[str, int]:
+    """The largest of B, KiB, MiB and GiB that a size reaches, and its bytes."""
+    return next(((name, unit) for name, unit in _SHOWN if size >= unit), _SHOWN[-1])
+
+
+def show_size(size: float) -> str:
+    """Bytes as people read them: 57.91 GiB, 7.25 KiB."""
+    name, unit = binary_unit(size)
+    return f"{size / unit:,.{0 if unit == 1 else 2}f} {name}"

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from sseds_rec.constants import STABLE
+from sseds_rec.distributed.hardware import show_size
 from sseds_rec.files import write_atomic
 from sseds_rec.report.artefacts import BYTES_PER_PARAMETER, MIB, Run, read_run
 from sseds_rec.report.blocks import placement_block, quality_block, search_blocks, training_blocks
@@ -90,8 +91,8 @@ def _summary(run: Run) -> list[str]:
         ),
     ]
     if memory := reached.get("memory_per_rank"):
-        fullest, has = memory["max"] / 2**30, memory["of"] / 2**30
-        sentences.append(f"The planner's fullest rank takes {fullest:,.2f} of {has:,.2f} GiB there, margin and all.")
+        fullest, has = show_size(memory["max"]), show_size(memory["of"])
+        sentences.append(f"The planner's fullest rank takes {fullest} of {has} there, margin and all.")
     if not math.isnan(seconds := number(search.get("seconds"))):
         sentences.append(
             f"The search{f' ({criterion})' if criterion else ''} took {text(seconds, ',.2f')} s "

@@ -47,8 +47,8 @@ def allocate(
         order: how the budget is spent.
             "knapsack": the widths of the most value that it can hold, where a group is worth what it is ranked by times n_i
             (in a dims budget times 1), so that rank order is the relaxed problem's: with exponent=1 (dims: 0) that is the
-            most score. It keeps no column that scores 0. Should the search end before the proof that nothing is better,
-            `knapsack_gap` in the plan is the share of value by which something may be.
+            most score. It keeps no column that scores 0, unless all fit the cluster of a budget. Should the search end before
+            the proof that nothing is better, `knapsack_gap` in the plan is the share of value by which something may be.
             "stop": groups in rank order, up to the first that does not fit (the paper).
             "fill": the best-ranked of the groups that cost at most half of what is kept by then, or the cheapest if all cost
             more, up to the first that does not fit. Then either nothing more fits or two thirds of the budget are spent.

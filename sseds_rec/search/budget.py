@@ -36,9 +36,9 @@ class Budget(BaseModel):
             A state with one number a row costs rows x 4 bytes as soon as the table keeps a column.
         dims: columns, whatever their rows.
         fits: a cluster, as "1x8xH100-80GB" (see `sseds_rec.distributed.hardware.Cluster.parse`): as much as TorchRec's planner
-            can place there. Of `bytes` budgets it takes the largest whose plan fits. Then, with order="knapsack", groups of
-            `multiple` columns are added until no table can take one more and still fit, the others as they are; with "fill" and
-            "stop" the next group in line does not fit.
+            can place there: all columns, if they fit. Else, of `bytes` budgets, it takes the largest whose plan fits. Then, with
+            order="knapsack", groups of `multiple` columns are added until no table can take one more and still fit, the others
+            as they are; with "fill" and "stop" the next group in line does not fit.
         optimizer: of the tables, for `bytes` and `fits`; "adam" if not given, or in a run what trains them there.
         precision: of the tables' weights, for `bytes` and `fits`; optimizer states are float32.
         batch_size: rows a step of each device, for `fits`: look-ups take memory as well. 2,048 if not given, or in a run its part
@@ -105,7 +105,11 @@ class Budget(BaseModel):
         return {key: value for key, value in given.items() if (key, value) != ("optimizer", "adam")}
 
     def asked(self) -> dict[str, Any]:
-        """The budget as it was given, defaults left out: {"parameters": 0.1}, {"bytes": 0.1, "optimizer": "sgd"}."""
+        """What is asked, defaults left out: {"parameters": 0.1}, {"bytes": 0.1, "optimizer": "sgd"}.
+
+        Of a run's budget that is also what its config fills in where the budget leaves it open
+        (`sseds_rec.forecast.search_budget`).
+        """
         return {self.kind: self._value, **self._options()}
 
     def costs(self, table: Table, widths: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from sseds_rec.distributed.capacity import place_in_more
 from sseds_rec.distributed.dry_plan import fits, place
-from sseds_rec.distributed.hardware import GIB
+from sseds_rec.distributed.hardware import show_size
 from sseds_rec.distributed.workload import Shape, Workload, tables_only
 from sseds_rec.errors import UserError
 from sseds_rec.search.budget import BATCH_SIZE, TRANSFORM_BYTES, Budget
@@ -27,7 +27,7 @@ def largest_fit(
     widen: bool,
     spend: Callable[[int], tuple[np.ndarray, float]],
 ) -> tuple[np.ndarray, float, dict[str, float | int] | None]:
-    """The largest widths that fit a budget's cluster, as `Budget` defines them.
+    """The largest widths that fit a budget's cluster, as `Budget` defines them: all that the rules allow, if those do.
 
     Args:
         tables: all [T].
@@ -60,6 +60,9 @@ def largest_fit(
         return float(groups.keys[group]) if is_worth else -np.inf
 
     fitting = _Fitting(tables, budget)
+    everything = floors + multiple * np.diff(starts)
+    if fitting.holds(whole := tuple(everything.tolist())):  # columns that score 0 and all
+        return everything, 0.0, fitting.reached(whole)
     unit = int(groups.costs[groups.costs > 0].min(initial=budget.limit(tables)))
     widths = fitting.largest(widths_for, max(1, unit))
     if widths is None:
@@ -158,8 +161,8 @@ class _Fitting:
         need = place_in_more(self._workload(smallest), self._cluster).used.max()
         has = self._cluster.device.memory
         raise UserError(
-            f"budget fits={self._cluster}: even the smallest plan, {sum(smallest):,} columns in all, needs {need / GIB:.2f} GiB "
-            f"on the fullest rank, and a device has {has / GIB:.2f}; take a larger cluster, or lower floors or batch_size"
+            f"budget fits={self._cluster}: even the smallest plan, {sum(smallest):,} columns in all, needs {show_size(need)} "
+            f"on the fullest rank, and a device has {show_size(has)}; take a larger cluster, or lower floors or batch_size"
         )
 
     def _workload(self, widths: Widths) -> Workload:

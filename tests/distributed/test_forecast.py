@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import sseds_rec as sr
 from sseds_rec.config import load_config
 from sseds_rec.data.schema import Schema
-from sseds_rec.distributed.capacity import place_in_more, smallest_cluster
+from sseds_rec.distributed.capacity import forecast, place_in_more, smallest_cluster
 from sseds_rec.distributed.dry_plan import fits, place
 from sseds_rec.distributed.hardware import MARGIN, Cluster
 from sseds_rec.distributed.plan_file import load_plan
@@ -205,6 +205,46 @@ def test_no_cluster_is_large_enough() -> None:
     assert smallest_cluster(_adam([10**9], 128), Cluster.parse("1x1xhbm=1GB")) is None
 
 
+def test_what_fits_the_asked_cluster_has_a_smallest_one() -> None:
+    """More than the 64 nodes that are tried otherwise."""
+    made = tables_only([Shape(660_000, 64)], "adam", "fp32", 1)
+    made, like = replace(made, sharding=ShardingConfig(type="row_wise")), Cluster.parse("68x1xhbm=8150KB")
+    found = forecast(made, like)
+    assert found.fits and smallest_cluster(made, like) is None
+    assert found.smallest == next(size for n in range(60, 69) if fits(made, size := replace(like, nodes=n)))
+    assert found.smallest.nodes == 66
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_no_number_is_cut_off(width: int, billion: Path, sseds: Sseds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small parts have long numbers, and a device hundreds of times too small the shortest bar."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    done = sseds("forecast", billion / "tables.json", "--plan", billion / "plan.json", "--cluster", "1x1xT4", "--json")
+    assert done.code == 0, done.err
+    start, end = done.out.index("\u250f"), done.out.index("\u2518")
+    lines = done.out[start:end].splitlines()
+    assert max(map(len, lines)) <= width and "\u2026" not in done.out
+    cells = [[cell.split() for cell in line.split("\u2502")[2:4]] for line in lines if line.startswith("\u2502")]
+    for model, column in (("base", 0), ("slim", 1)):
+        words = [word for row in cells for word in row[column]]
+        fullest = done.json[model]["bytes_per_rank"]["memory"]["max"]
+        assert words.count(f"{fullest / GIB:,.1f}") == 3  # min, mean, max of one rank
+        assert words.count("0.01") == 3 and f"{done.json[model]['over_bytes'] / GIB:,.2f}" in words
+    assert "\n      \u25b2 the device has 14.56 GiB" in done.out
+
+
+def test_all_memory_of_a_cpu_is_for_tables(tmp_path: Path, sseds: Sseds) -> None:
+    (tmp_path / "tables.json").write_text(json.dumps([{"name": "a", "num_embeddings": 100, "embedding_dim": 8}]))
+    figures = {}
+    for cluster in ("1x2xCPU-24MB", "1x2xhbm=24MB"):
+        figure = tmp_path / "memory.svg"
+        done = sseds("forecast", tmp_path / "tables.json", "--cluster", cluster, "--figure", figure)
+        assert done.code == 0 and "2 ranks of 22.89 MiB" in done.out, done.err
+        figures[cluster] = (done.out.count("margin"), "allocator" in figure.read_text())
+        assert "MiB of a rank" in figure.read_text()
+    assert figures == {"1x2xCPU-24MB": (0, False), "1x2xhbm=24MB": (2, True)}
+
+
 @pytest.mark.parametrize("cluster", ["1x2xCPU-1GB", "2x2xT4"])
 def test_the_model_of_a_config(cluster: str, config: Path, finished_run: Path, sseds: Sseds, tmp_path: Path) -> None:
     """On a CPU Adam's tables are on every rank, with a gradient and two moments; on CUDA they are split."""
@@ -265,6 +305,20 @@ def test_a_prepared_set_needs_a_width(prepared: Path, sseds: Sseds) -> None:
             ["CONFIG", "--cluster", "1x8xH100", "--save-plans", "nowhere"],
             "--save-plans nowhere: there is no such folder",
         ),
+        (
+            ["CONFIG", "sharding.tables.usr.types=[row_wise]", "--cluster", "1x8xH100"],
+            "sharding.tables.usr: there is no such table; did you mean",
+        ),
+        (
+            ["CONFIG", "sharding.base_plan=p.json", "--cluster", "1x8xH100"],
+            "sharding.base_plan: a forecast makes its own",
+        ),
+        (
+            ["CONFIG", "sharding.slim_plan=p.json", "--cluster", "1x8xH100"],
+            "sharding.slim_plan: a forecast makes its own",
+        ),
+        (["CONFIG", "--cluster", "1x3xH100"], "train.batch_size=256 does not divide by the 3 ranks of 1x3xH100-80GB"),
+        (["SET", "--cluster", "1x8xH100", "--embedding-dim", "8196"], "less than or equal to 8192"),
         (["SET", "--cluster", "1x8xH100"], "has no embedding_dim; give --embedding-dim"),
         (["SET", "--cluster", "1x8xH100", "--embedding-dim", "8", "--plan", "PLAN"], "is of other tables"),
         (["SET", "train.epochs=1", "--cluster", "1x8xH100"], "train.epochs=1: values are changed in a config"),
@@ -287,6 +341,8 @@ def test_bad_input_is_one_line(
         ([], "there is no table in it"),
         ([{"name": "a"}], "0.num_embeddings: Field required"),
         ([{"name": "a", "num_embeddings": 0}], "0.num_embeddings: Input should be greater than or equal to 1"),
+        ([{"name": "a", "num_embeddings": 10**30}], "0.num_embeddings: Input should be less than or equal to"),
+        ([{"name": "a", "num_embeddings": 5, "embedding_dim": 2**31}], "0.embedding_dim: Input should be less than"),
         ([{"name": "a", "num_embeddings": 5, "embedding_dim": 4}] * 2, "there are two tables named a"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sseds_rec.distributed.hardware import DEVICES, MARGIN, Cluster
+from sseds_rec.distributed.hardware import DEVICES, MARGIN, Cluster, show_size
 from sseds_rec.errors import UserError
 
 
@@ -54,6 +54,8 @@ def test_processes_on_cpus() -> None:
         ("H100-80GB", "write NODES x DEVICES PER NODE x DEVICE, as in 4x8xH100-80GB"),
         ("0x8xH100", "write NODES x DEVICES"),
         ("8xH100", "write NODES x DEVICES"),
+        ("99999999x8xH100", "it is of more than 4,096 devices"),
+        ("1x4097xH100", "it is of more than 4,096 devices"),
         ("1x8xA100", "A100 is A100-40GB or A100-80GB; say which"),
         ("1x8xH10-80GB", "no device named 'H10-80GB', did you mean H100-80GB?"),
         ("1x8xH100,intr_bw=4GB/s", "did you mean intra_bw?"),
@@ -74,10 +76,16 @@ def test_what_is_unknown_is_one_line(text: str, says: str) -> None:
     assert says in message and repr(text) in message and "\n" not in message
 
 
+def test_sizes_in_words() -> None:
+    sizes = [0, 1023, 1024, 7424, 5 * 2**20, 2**30, 1500 * 2**40]
+    shown = ["0 B", "1,023 B", "1.00 KiB", "7.25 KiB", "5.00 MiB", "1.00 GiB", "1,536,000.00 GiB"]
+    assert [show_size(size) for size in sizes] == shown
+
+
 @given(st.text(alphabet="0123456789xGBHhbm10=,./ sCPU-Tit", max_size=30))
 def test_any_text_is_a_cluster_or_refused(text: str) -> None:
     try:
         cluster = Cluster.parse(text)
     except UserError:
         return
-    assert cluster.world_size >= 1 and cluster.device.memory > 0
+    assert 1 <= cluster.world_size <= 4096 and cluster.device.memory > 0

@@ -26,6 +26,7 @@ from sseds_rec.config import load_config
 from sseds_rec.data.dataset import open_dataset
 from sseds_rec.distributed.hardware import MARGIN, Cluster
 from sseds_rec.forecast import search_budget
+from sseds_rec.output import print_fit
 from sseds_rec.search.scores import DimensionScores
 from tests.command import Command
 from tests.search.problems import make_scores
@@ -133,6 +134,27 @@ def test_a_model_that_fits_is_not_cut() -> None:
     assert plan.reached["bytes"]["fraction"] == 1
 
 
+def test_columns_that_score_0_stay_if_all_fit() -> None:
+    scores = make_scores([[1.0, 1.0, *[0.0] * 14], [0.5, *[0.0] * 15], [0.0] * 16], ROWS)
+    budget = sr.Budget(fits="1x1xT4", batch_size=BATCH)
+    for order in ("knapsack", "fill", "stop"):
+        assert sr.allocate(scores, budget, order=order).dims() == dict.fromkeys(scores, DIM)  # type: ignore[arg-type]
+    rules = {"t0": sr.TableRule(max_dim=8), "t1": sr.TableRule(fixed=0)}
+    assert sr.allocate(scores, budget, tables=rules).dims() == {"t0": 8, "t1": 0, "t2": DIM}
+
+
+@pytest.mark.parametrize(
+    ("cap", "says"),
+    [(DIM, "1x1xT4: the full model fits, nothing is cut; "), (8, "1x1xT4: 83.3% of the columns are kept; ")],
+)
+def test_the_verb_says_what_is_cut(cap: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = {"t0": sr.TableRule(max_dim=cap)}
+    plan = sr.allocate(_scores(), sr.Budget(fits="1x1xT4", batch_size=BATCH), tables=rules)
+    print_fit({"reached": plan.reached, "budget": plan.budget})
+    words = capsys.readouterr().out
+    assert says in words and " MiB of 14.56 GiB, margin and all" in words
+
+
 def test_rules_hold_in_a_cluster_too() -> None:
     rules = {"t0": sr.TableRule(max_dim=4), "t2": sr.TableRule(drop="never")}
     plan = sr.allocate(_scores(), sr.Budget(fits="1x1xhbm=120KiB", batch_size=BATCH), tables=rules)
@@ -141,7 +163,7 @@ def test_rules_hold_in_a_cluster_too() -> None:
 
 def test_the_smallest_plan_is_too_large() -> None:
     with pytest.raises(
-        sr.UserError, match=r"even the smallest plan, 4 columns in all, needs 0\.00 GiB|keeps no column"
+        sr.UserError, match=r"even the smallest plan, 4 columns in all, needs \d\.\d\d KiB|keeps no column"
     ):
         sr.allocate(_scores(), sr.Budget(fits="1x1xhbm=3KiB", batch_size=BATCH))
     # The tables alone would do, the ids of so large a batch do not.
@@ -187,7 +209,7 @@ def test_search_for_a_cluster(finished_run: Path, config: Path, tmp_path: Path, 
     (tmp_path / "fits.yaml").write_text(text)
     done = sseds("run", tmp_path / "fits.yaml", "search.rounds=2", "--run-dir", run, "--rerun-from", "search", "--json")
     assert done.code == 0, done.err
-    assert "search: 1x2xhbm=8KiB: " in done.out and "of the columns fit; the fullest rank has" in done.out
+    assert "search: 1x2xhbm=8KiB: " in done.out and "of the columns are kept; the fullest rank has" in done.out
     plan = json.loads((run / "search/plan.json").read_text())
     assert plan["budget"] == {"fits": "1x2xhbm=8KiB", "optimizer": "sgd", "batch_size": 4, "dense_bytes": 0}
     assert 0 < plan["reached"]["bytes"]["fraction"] < 1
