@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 _BOTH = """
 import json, sys
 import torch
@@ -20,7 +18,7 @@ from sseds_rec.distributed.hardware import Cluster
 from sseds_rec.distributed.sharding import plan_sharding, sharders_for
 from sseds_rec.forecast import workloads, TableOptions
 cluster = Cluster.parse(sys.argv[2])
-work, _ = workloads(sys.argv[1], sys.argv[3:], None, TableOptions(), cluster.device.kind)
+work, _ = workloads(sys.argv[1], sys.argv[3:], None, TableOptions(), cluster)
 ranks, where = cluster.world_size, cluster.topology()
 sharders = sharders_for(work.sharding, torch.device(cluster.device.kind))
 trained = plan_sharding(work.model, work.sharding, where, work.rows(ranks), sharders, work.beside_tables(ranks))
@@ -29,11 +27,10 @@ print(json.dumps([plan._serialize() for plan in (forecast.plan, trained)]))
 """
 
 
-@pytest.mark.parametrize("cluster", ["1x8xH100", "2x4xL4"])
-def test_a_forecasts_plan_is_that_of_training_whatever_the_process(config: Path, cluster: str) -> None:
+def test_a_forecasts_plan_is_that_of_training_whatever_the_process(config: Path) -> None:
     found = []
     for seed in ("1", "2"):
-        command = [sys.executable, "-c", _BOTH, str(config), cluster, "train.table_optimizer=rowwise_adagrad"]
+        command = [sys.executable, "-c", _BOTH, str(config), "2x4xL4", "train.table_optimizer=rowwise_adagrad"]
         done = subprocess.run(
             command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}, check=False
         )
