@@ -11,39 +11,32 @@ from typing import Any, Literal
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from sseds_rec.checks import check_batches, check_data, check_search, criterion_of
 from sseds_rec.config import Config
 from sseds_rec.data.dataset import open_dataset
 from sseds_rec.data.loader import Loader
-from sseds_rec.data.schema import SPLITS, SplitName
+from sseds_rec.data.schema import SplitName
 from sseds_rec.distributed.machine import job_cluster
 from sseds_rec.distributed.plan_file import plan_file, save_plan
 from sseds_rec.distributed.runtime import Runtime
-from sseds_rec.distributed.sharding import raw_ids_refused, shard
-from sseds_rec.errors import UserError
+from sseds_rec.distributed.sharding import shard
 from sseds_rec.export import torchrec_tables
 from sseds_rec.files import write_json
 from sseds_rec.forecast import search_budget
 from sseds_rec.models import (
-    MODELS,
     CtrModel,
     build_model,
     build_slim_model,
-    names_in_scores,
     plan_for,
-    raw_fields,
-    rows_of,
-    table_names,
 )
-from sseds_rec.models.registry import check_rotates
 from sseds_rec.models.ticket import load_ticket
 from sseds_rec.report.html import write_report
 from sseds_rec.run_directory import RunDirectory, fingerprint
-from sseds_rec.search.allocate import check_budget
 from sseds_rec.search.audit import Audit, audit_dimensions
-from sseds_rec.search.criteria import Ggn, GgnRotated, criterion_named
+from sseds_rec.search.criteria import criterion_named
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.saliency import score_dimensions
-from sseds_rec.search.scores import DimensionScores, Table, save_arrays
+from sseds_rec.search.scores import DimensionScores, save_arrays
 from sseds_rec.search.stability import expected_overlap, standard_errors
 from sseds_rec.slim.checkpoint import slim_checkpoint
 from sseds_rec.stages import Stage
@@ -76,62 +69,12 @@ class Pipeline:
         self.dataset = runtime.from_main(lambda: open_dataset(config.data))
         self.schema = self.dataset.schema
         self.placement = placement_for(config.train.table_optimizer, config.sharding.type, runtime.device)
-        for key, size in (("train", config.train.batch_size), ("search", config.search.batch_size or 0)):
-            if size % runtime.world_size:
-                raise UserError(
-                    f"{key}.batch_size={size} does not divide by {runtime.world_size} ranks; choose a multiple"
-                )
+        check_batches(config, runtime.world_size)
+        check_data(config, self.schema, self.placement)
         self.batch_size = config.train.batch_size // runtime.world_size
-        self._check_data()
-
-    def _check_data(self) -> None:
-        """Refuses, before anything is trained or written, what could only fail later."""
-        config, schema = self.config, self.schema
-        if not schema.sparse_fields:
-            raise UserError(
-                f"{config.data.path}: all fields are dense inputs; there is no embedding table to train or search"
-            )
-        for name in SPLITS:
-            if not schema.splits[name].rows:
-                raise UserError(f"{config.data.path}: the {name} split is empty; prepare a set with all three splits")
-        if schema.splits["train"].rows < config.train.batch_size:
-            raise UserError(
-                f"train.batch_size={config.train.batch_size} is more than the {schema.splits['train'].rows:,} rows of "
-                f"{config.data.path}; lower it"
-            )
-        held_out: tuple[SplitName, ...] = ("validation", "test")
-        for split in held_out:
-            if not 0 < schema.splits[split].positives < schema.splits[split].rows:
-                raise UserError(
-                    f"{config.data.path}: the labels of the {split} split are all the same, so AUC is undefined; "
-                    "split the data again"
-                )
-        single = [field.name for field in schema.sparse_fields if field.kind != "sequence"]
-        if config.evaluation.group_field not in (None, *single):
-            raise UserError(
-                f"evaluation.group_field={config.evaluation.group_field}: {config.data.path} has no such field with one id a "
-                f"row; choose one of {', '.join(single)}"
-            )
-        config.sharding.check_tables(list(table_names(schema).values()))
-        raw = raw_fields(schema)
-        if raw and self.placement == "data_parallel":
-            raise raw_ids_refused(f"field {raw[0]}")
-        self._check_search()
-
-    def _check_search(self) -> None:
-        search, model = self.config.search, self.config.model
-        raw = raw_fields(self.schema)
-        self.criterion = search.criterion or (GgnRotated if MODELS[model.name].rotates and not raw else Ggn).name
-        if self.criterion == GgnRotated.name:
-            check_rotates(model)
-            if raw:
-                raise UserError(
-                    f"search.criterion={self.criterion} cannot rotate the table of raw ids of field {raw[0]}; choose ggn"
-                )
-        names = names_in_scores(self.schema)
-        tables = {names[field.name]: Table(rows_of(field), model.embedding_dim) for field in self.schema.sparse_fields}
-        self.budget = search_budget(self.config, self.schema)
-        check_budget(tables, self.budget, search.multiple, search.min_dim, search.tables)
+        self.criterion = criterion_of(config, self.schema)
+        self.budget = search_budget(config, self.schema)
+        check_search(config, self.schema, self.budget)
 
     def pretrain(self) -> dict[str, Any]:
         """Trains the full model; leaves `pretrain/checkpoint` (best step) and `pretrain/metrics.json`."""
