@@ -33,7 +33,7 @@ SILENT_LOOKS = 60
 _SAY_SECONDS = 10.0
 #: How long a process that fails before it has joined the job waits for the others to come and hear of it.
 _JOIN_SECONDS = 25.0
-_LEFT = b"left"
+_LEFT = "left"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Watch:
         for thread in self._threads:
             thread.join(LOOK_SECONDS)
         with suppress(dist.DistError):  # rank 0 may have left with the store
-            self._store.set(f"alive/{self._rank}", _LEFT.decode())
+            self._store.set(f"alive/{self._rank}", _LEFT)
 
     def end(self, error: BaseException) -> NoReturn:
         """Ends the job, on all ranks, for an exception on this one."""
@@ -136,7 +136,7 @@ class Watch:
                 sign = self._store.get(f"alive/{following}") if known else b""
             except dist.DistError:  # it ended with its process: as a rule the collectives tell, else the other thread
                 return
-            silent = silent + 1 if sign == before != _LEFT else 0
+            silent = silent + 1 if sign == before != _LEFT.encode() else 0
             before = sign
             if silent >= SILENT_LOOKS:
                 said = f"rank {following} of {self._world_size} has given no sign of life for {self._silence} s"

@@ -21,6 +21,7 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from sseds_rec.constants import KERNEL_MULTIPLE
+from sseds_rec.distributed.hardware import show_size
 from sseds_rec.distributed.machine import job_cluster
 from sseds_rec.distributed.managed import ManagedSharder, is_managed
 from sseds_rec.distributed.plan_file import load_plan
@@ -113,8 +114,8 @@ def plan_sharding(
         each = where.devices[0].storage
         memory = each.hbm if where.compute_device == "cuda" else each.ddr
         raise UserError(
-            f"sharding.type={config.type}: no plan fits {where.world_size} x {where.compute_device} with {memory / 2**30:.2f} "
-            f"GiB each: {_first_line(error)}; `sseds forecast` tells what would"
+            f"sharding.type={config.type}: no plan fits {where.world_size} x {where.compute_device} with "
+            f"{show_size(memory)} each: {_first_line(error)}; `sseds forecast` tells what would"
         ) from None
 
 
