@@ -15,10 +15,17 @@ from pathlib import Path
 _WAIT_SECONDS = 120
 
 
-def elastic(port: int, nodes: str = "2") -> list[str]:
-    """A rendezvous that nodes may leave and join, if `nodes` is a range."""
+def elastic(port: int, nodes: str = "2", hosts: bool | None = None) -> list[str]:
+    """A rendezvous that nodes may leave and join, if `nodes` is a range.
+
+    Args:
+        port: of its store.
+        nodes: `--nnodes`.
+        hosts: whether this node holds the store, so that the job ends with it; None if the first to come may.
+    """
     where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "job"]
-    return ["--nnodes", nodes, *where, "--rdzv-conf", "last_call_timeout=3,keep_alive_interval=1"]
+    own = [] if hosts is None else [f"is_host={hosts}"]
+    return ["--nnodes", nodes, *where, "--rdzv-conf", ",".join(["last_call_timeout=3", "keep_alive_interval=1", *own])]
 
 
 def static(port: int, rank: int) -> list[str]:

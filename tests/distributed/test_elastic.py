@@ -68,11 +68,12 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
 
 
 def test_a_node_leaves_and_comes_back(config: Path, tmp_path: Path) -> None:
-    run, rendezvous = tmp_path / "run", elastic(free_port(), "1:2")
+    run, port = tmp_path / "run", free_port()
     own = ["train.epochs=200", "train.patience=200", "train.keep_checkpoints=1000"]  # ends when we have seen enough
 
     def start(name: str) -> Node:
         command = ["train", config, *SETTINGS, *own, "--run-dir", run]
+        rendezvous = elastic(port, "1:2", hosts=name == "stays")
         return Node(tmp_path / f"{name}.log", rendezvous, *command, restarts=1, shares_store=False)
 
     def ranks() -> int:
