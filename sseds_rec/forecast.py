@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -102,7 +102,7 @@ def search_budget(config: Config, schema: Schema) -> Budget:
     known: dict[str, Any] = {"optimizer": train.table_optimizer}
     if budget.kind == "fits":
         cluster = budget.cluster
-        base = _workload(config, build_model(config.model, schema), train, cluster.device.kind)
+        base = training_workload(config, build_model(config.model, schema), train, cluster.device.kind)
         if base.sharding.type == "data_parallel":
             raise UserError(
                 f"search.budget.fits={budget.fits}: its tables would be data-parallel, whole on every device; ask for "
@@ -121,15 +121,26 @@ def _of_config(config: Config, plan: DimensionPlan | None, cluster: Cluster) -> 
         raise UserError(f"train.batch_size={rows} does not divide by the {ranks} ranks of {cluster}; choose a multiple")
     schema = open_dataset(config.data).schema
     config.sharding.check_tables(list(table_names(schema).values()))
-    base = _workload(config, build_model(config.model, schema), config.train, kind)
+    base = training_workload(config, build_model(config.model, schema), config.train, kind)
     if plan is None:
         return base, None
     own = plan_for(config.model, schema, plan)
     slim = build_slim_model(config.model, schema, own, config.retrain.transform)
-    return base, _workload(config, slim, config.retrain_as_train(), kind)
+    return base, training_workload(config, slim, config.retrain_as_train(), kind)
 
 
-def _workload(config: Config, model: nn.Module, train: TrainConfig, kind: Literal["cuda", "cpu"]) -> Workload:
+def training_workload(config: Config, model: nn.Module, train: TrainConfig, kind: str) -> Workload:
+    """A model as a run trains it; has its tables updated inside their backward, unless they are data-parallel.
+
+    Args:
+        config: the experiment.
+        model: not yet sharded, tables on the meta device.
+        train: of its stage.
+        kind: of devices, "cuda" or "cpu".
+
+    Raises:
+        UserError: the tables' optimizer does not go with the sharding that is asked for.
+    """
     placement = placement_for(train.table_optimizer, config.sharding.type, torch.device(kind))
     sharding = config.sharding.model_copy(update={"type": placement})
     fuse_table_optimizer(model, train.table_optimizer, train.table_rate, placement, sharding.data_parallel_tables)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import shard
 from sseds_rec.export import torchrec_tables
 from sseds_rec.files import write_json
-from sseds_rec.forecast import search_budget
+from sseds_rec.forecast import search_budget, training_workload
 from sseds_rec.models import (
     CtrModel,
     build_model,
@@ -43,9 +42,8 @@ from sseds_rec.stages import Stage
 from sseds_rec.training.checkpoint import load_weights, save_weights
 from sseds_rec.training.compute import prepare_dense
 from sseds_rec.training.config import TrainConfig
-from sseds_rec.training.memory import divided_bytes, replicated_bytes
 from sseds_rec.training.metrics import evaluate
-from sseds_rec.training.optimizers import build_optimizer, fuse_table_optimizer, placement_for
+from sseds_rec.training.optimizers import build_optimizer, placement_for
 from sseds_rec.training.trainer import Loaders, Trainer
 
 _TABLE = ".embedding_bags."
@@ -68,9 +66,9 @@ class Pipeline:
         self.config, self.run, self.runtime = config, run, runtime
         self.dataset = runtime.from_main(lambda: open_dataset(config.data))
         self.schema = self.dataset.schema
-        self.placement = placement_for(config.train.table_optimizer, config.sharding.type, runtime.device)
+        placement = placement_for(config.train.table_optimizer, config.sharding.type, runtime.device)
         check_batches(config, runtime.world_size)
-        check_data(config, self.schema, self.placement)
+        check_data(config, self.schema, placement)
         self.batch_size = config.train.batch_size // runtime.world_size
         self.criterion = criterion_of(config, self.schema)
         self.budget = search_budget(config, self.schema)
@@ -230,15 +228,13 @@ class Pipeline:
         return model
 
     def _shard(self, model: CtrModel, train: TrainConfig, slim: bool = False) -> DistributedModelParallel:
-        own = self.config.sharding
         prepare_dense(model, train, self.runtime.device)
-        fuse_table_optimizer(model, train.table_optimizer, train.table_rate, self.placement, own.data_parallel_tables)
+        workload = training_workload(self.config, model, train, self.runtime.device.type)
         # From here on ranks draw different numbers: each its own shards' start, and its own dropout.
         torch.manual_seed(self.config.seed + self.runtime.rank)
-        config = own.model_copy(update={"type": self.placement})
-        plan = own.slim_plan if slim else own.base_plan
-        beside = replicated_bytes(model, train, config) + math.ceil(divided_bytes(model) / self.runtime.world_size)
-        return shard(model, config, self.runtime, self.batch_size, plan, beside)
+        plan = workload.sharding.slim_plan if slim else workload.sharding.base_plan
+        beside = workload.beside_tables(self.runtime.world_size)
+        return shard(model, workload.sharding, self.runtime, self.batch_size, plan, beside)
 
     def _seed(self) -> None:
         """Makes a stage independent of what ran before it in this process."""
