@@ -282,11 +282,11 @@ def _pipeline(
 ) -> Iterator[tuple[Pipeline, bool]]:
     """The opened run of a config, and whether this process is the one that prints; refuses if the stage `needs` is undone."""
     from sseds_rec.distributed.runtime import runtime
-    from sseds_rec.pipeline import Pipeline
+    from sseds_rec.harness import pipeline_for
     from sseds_rec.run_directory import RunDirectory
 
     with runtime(config.device) as place:
-        pipeline = Pipeline(config, RunDirectory(run_dir or Path("runs") / config.name), place)
+        pipeline = pipeline_for(config, RunDirectory(run_dir or Path("runs") / config.name), place)
         if needs:
             pipeline.run.require(verb, needs)
         pipeline.run.open(config, place, rerun_from)

@@ -19,11 +19,14 @@ from sseds_rec.models.ticket import Dense, Tables
 from sseds_rec.search.allocate import Order, allocate
 from sseds_rec.search.budget import Budget
 from sseds_rec.search.criteria import CRITERIA
+from sseds_rec.search.methods.mde import MdeConfig
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.rules import TableRule
 from sseds_rec.search.scores import DimensionScores
 from sseds_rec.slim.alignment import Init
 from sseds_rec.training.config import TrainConfig
+
+Method = Literal["sseds", "uniform", "mde", "drop_fields"]
 
 
 class _Section(BaseModel):
@@ -34,6 +37,8 @@ class SearchConfig(_Section):
     """The `search` section.
 
     Attributes:
+        method: how columns are chosen. "sseds" scores those of the trained model (the keys from `criterion` to `split`, and
+            the allocation's); the others are in `sseds_rec.search.methods` and have their settings under their own name.
         criterion: one of `sseds_rec.search.criteria`; "snip" is the paper's. Null for "ggn_rotated", or "ggn" where tables
             cannot be rotated: of models that multiply raw columns, and of fields of raw ids.
         batch_size: rows of a batch to score, of all ranks together; null for `train.batch_size`.
@@ -42,8 +47,11 @@ class SearchConfig(_Section):
         split: where batches come from; held-out rows by default.
         budget: what may stay.
         multiple, min_dim, exponent, order, floor_share, tables: see `sseds_rec.allocate`.
+        drop_fields: of the method of that name: fields whose tables are dropped, the others keep all columns.
+        mde: see `MdeConfig`.
     """
 
+    method: Method = "sseds"
     criterion: str | None = None
     batch_size: int | None = Field(512, ge=1)
     num_batches: int | Literal["auto"] = 4
@@ -56,6 +64,8 @@ class SearchConfig(_Section):
     order: Order = "knapsack"
     floor_share: float = Field(0.0, ge=0, le=1)
     tables: dict[str, TableRule] = {}
+    drop_fields: list[str] = []
+    mde: MdeConfig = MdeConfig()
 
     @field_validator("criterion")
     @classmethod

@@ -22,12 +22,7 @@ from sseds_rec.distributed.sharding import shard
 from sseds_rec.export import torchrec_tables
 from sseds_rec.files import write_json
 from sseds_rec.forecast import search_budget, training_workload
-from sseds_rec.models import (
-    CtrModel,
-    build_model,
-    build_slim_model,
-    plan_for,
-)
+from sseds_rec.models import CtrModel, build_model, build_slim_model, plan_for
 from sseds_rec.models.ticket import load_ticket
 from sseds_rec.report.html import write_report
 from sseds_rec.run_directory import RunDirectory, fingerprint
@@ -37,6 +32,7 @@ from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.saliency import score_dimensions
 from sseds_rec.search.scores import DimensionScores, save_arrays
 from sseds_rec.search.stability import expected_overlap, standard_errors
+from sseds_rec.slim.alignment import Init
 from sseds_rec.slim.checkpoint import slim_checkpoint
 from sseds_rec.stages import Stage
 from sseds_rec.training.checkpoint import load_weights, save_weights
@@ -44,13 +40,15 @@ from sseds_rec.training.compute import prepare_dense
 from sseds_rec.training.config import TrainConfig
 from sseds_rec.training.metrics import evaluate
 from sseds_rec.training.optimizers import build_optimizer, placement_for
-from sseds_rec.training.trainer import Loaders, Trainer
+from sseds_rec.training.trainer import AfterStep, Loaders, Trainer
 
 _TABLE = ".embedding_bags."
 
 
 class Pipeline:
     """The stages of one experiment; call them in order, or one alone when those before it are done.
+
+    Its search is SSEDS, with any criterion; other methods override the stages in which they differ (`sseds_rec.harness`).
 
     Args:
         config: the experiment.
@@ -70,9 +68,13 @@ class Pipeline:
         check_batches(config, runtime.world_size)
         check_data(config, self.schema, placement)
         self.batch_size = config.train.batch_size // runtime.world_size
-        self.criterion = criterion_of(config, self.schema)
         self.budget = search_budget(config, self.schema)
-        check_search(config, self.schema, self.budget)
+        self._check_search()
+
+    def _check_search(self) -> None:
+        """Refuses a search that could only fail after training."""
+        self.criterion = criterion_of(self.config, self.schema)
+        check_search(self.config, self.schema, self.budget)
 
     def pretrain(self) -> dict[str, Any]:
         """Trains the full model; leaves `pretrain/checkpoint` (best step) and `pretrain/metrics.json`."""
@@ -160,7 +162,7 @@ class Pipeline:
         )
         load_ticket(target, model, plan)
         self._write_sharding_plan("slim", model)
-        return self._finish("slim", {**self._test(model), **parameter_counts(model), "seconds": seconds})
+        return self._finish("slim", {**self._test(model), **self._counts(model), "seconds": seconds})
 
     def retrain(self) -> dict[str, Any]:
         """Trains the slim model from the winning ticket, or from what `retrain.tables` and `retrain.dense` leave of it.
@@ -170,7 +172,7 @@ class Pipeline:
         self.run.require("retrain", "slim")
         self._seed()
         plan, train, own = self._plan(), self.config.retrain_as_train(), self.config.retrain
-        model = build_slim_model(self.config.model, self.schema, plan, own.transform, train.embedding_l2)
+        model = self._slim_model(plan, train.embedding_l2)
         checkpoint = self.run.path("slim", "checkpoint")
         return self._train(
             "retrain", model, train, lambda sharded: load_ticket(checkpoint, sharded, plan, own.tables, own.dense)
@@ -187,13 +189,17 @@ class Pipeline:
         if stage == "pretrain":
             return self._measure(self.pretrained(), split)
         self._seed()
-        model = build_slim_model(self.config.model, self.schema, self._plan(), self.config.retrain.transform)
-        sharded = self._shard(model, self.config.train, slim=True)
+        sharded = self._shard(self._slim_model(self._plan()), self.config.train, slim=True)
         load_weights(self.run.path(stage, "checkpoint"), sharded)
         return self._measure(sharded, split)
 
     def _train(
-        self, stage: Stage, model: CtrModel, train: TrainConfig, start: Callable[[DistributedModelParallel], None]
+        self,
+        stage: Stage,
+        model: CtrModel,
+        train: TrainConfig,
+        start: Callable[[DistributedModelParallel], None],
+        after_step: Callable[[DistributedModelParallel], AfterStep] | None = None,
     ) -> dict[str, Any]:
         """Trains, keeps the best step's checkpoint, and measures it on the test split."""
         folder = self.run.path(stage)
@@ -203,14 +209,15 @@ class Pipeline:
         optimizer = build_optimizer(sharded, train)
         loaders = Loaders(self.loader("train", shuffle=True, drop_last=True), self.loader("validation"))
         marks = fingerprint(self.config, stage)
-        trainer = Trainer(sharded, optimizer, loaders, train, folder, self.runtime, marks, stage == "retrain")
+        between = after_step(sharded) if after_step else None
+        trainer = Trainer(sharded, optimizer, loaders, train, folder, self.runtime, marks, stage == "retrain", between)
         progress = trainer.fit()
         load_weights(trainer.checkpoints.path(progress.best_step), sharded)
         save_weights(folder / "checkpoint", sharded, self.runtime)
         metrics = {
             **self._test(sharded),
             "validation_auc": progress.best_auc,
-            **parameter_counts(sharded),
+            **self._counts(sharded),
             "seconds": progress.seconds,
             "samples_per_second": progress.samples / progress.train_seconds if progress.samples else None,
             "epochs": progress.epoch,
@@ -226,6 +233,18 @@ class Pipeline:
         model = self._shard(build_model(self.config.model, self.schema), self.config.train)
         load_weights(self.run.path("pretrain", "checkpoint"), model)
         return model
+
+    def _slim_model(self, plan: DimensionPlan, embedding_l2: float = 0.0) -> CtrModel:
+        """The slim model that `retrain` trains, before it is sharded."""
+        return build_slim_model(self.config.model, self.schema, plan, self._transform(), embedding_l2)
+
+    def _transform(self) -> Init | None:
+        """How its transform matrices start; None for none."""
+        return self.config.retrain.transform
+
+    def _counts(self, model: DistributedModelParallel) -> dict[str, Any]:
+        """What a trained stage's metrics say of its size."""
+        return parameter_counts(model)
 
     def _shard(self, model: CtrModel, train: TrainConfig, slim: bool = False) -> DistributedModelParallel:
         prepare_dense(model, train, self.runtime.device)

@@ -37,6 +37,9 @@ class CtrModel(nn.Module):
         is_weighted: whether the batches' ids come with weights.
         raw: fields whose ids are any int64, for managed collision to map to rows.
         masses: of rotated tables, what gives `over` the mass beside each embedding.
+
+    Attributes:
+        gate: KeyedTensor -> KeyedTensor, what a search that trains puts between the tables and `over`; set it before sharding.
     """
 
     def __init__(
@@ -57,12 +60,14 @@ class CtrModel(nn.Module):
         self.embeddings = EmbeddingBagCollection(plain, is_weighted, meta) if plain else None
         self.managed = managed_collection(managed, is_weighted) if managed else None
         self.masses = masses
+        self.gate: nn.Module | None = None
         self.over = over
         self.embedding_l2 = embedding_l2
 
     def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         embeddings = self._embed(batch.sparse)
-        inputs = embeddings if self.masses is None else self.masses(embeddings, batch.sparse)
+        inputs = embeddings if self.gate is None else self.gate(embeddings)
+        inputs = inputs if self.masses is None else self.masses(inputs, batch.sparse)
         logits = self.over(batch.dense, inputs).float()  # of a lower precision under autocast
         loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
         reported = loss.detach()
@@ -113,7 +118,7 @@ def build_model(config: ModelConfig, schema: Schema, embedding_l2: float = 0.0) 
 
 
 def build_slim_model(
-    config: ModelConfig, schema: Schema, plan: DimensionPlan, transform: Init, embedding_l2: float = 0.0
+    config: ModelConfig, schema: Schema, plan: DimensionPlan, transform: Init | None, embedding_l2: float = 0.0
 ) -> CtrModel:
     """The slim model: the plan's tables, dropped fields gone, transform matrices if the model aligns.
 
@@ -125,7 +130,7 @@ def build_slim_model(
         plan: see `plan_for`.
         transform: "random" aligns to the widest kept table, as the paper; "select" to the original width, so that the model
             equals the full one with the dropped columns masked, or with projected embeddings if they are rotated. A model that
-            does not align equals it in either case.
+            does not align equals it in either case. None makes no matrices: the kept tables must have one width.
         embedding_l2: see `CtrModel`.
 
     Raises:
@@ -145,9 +150,10 @@ def build_slim_model(
         schema.is_weighted,
     )
     aligned_dim = config.embedding_dim if transform == "select" else max(map(len, kept.values()))
+    aligns = MODELS[config.name].aligns and transform is not None
     own_tables = {field: tables[field] for field in masses.dims}
-    fields = FieldEmbeddings(masses.dims, aligned_dim if MODELS[config.name].aligns else None, own_tables)
-    if fields.alignment is not None:
+    fields = FieldEmbeddings(masses.dims, aligned_dim if aligns else None, own_tables)
+    if fields.alignment is not None and transform is not None:
         fields.alignment.start(transform, kept, plan.rotations)
     over = MODELS[config.name](fields, len(schema.dense_fields), config)
     configs, raw = plan.embedding_bag_configs(), raw_fields(schema)

@@ -70,10 +70,22 @@ def load_ticket(
             value.copy_(source)
         elif not realigned:
             raise UserError(f"{checkpoint}: {name} is {list(source.shape)}, the model's is {list(value.shape)}")
+    model.load_state_dict(state)
     if tables == "random":
-        for name, value in state.items():
-            if _TABLE in name:
-                _clear_padding(value, plan.tables[name.split(".")[-2]].embedding_dim)
+        start_anew(model, plan)
+
+
+def start_anew(model: DistributedModelParallel, plan: DimensionPlan) -> None:
+    """Leaves a sharded slim model's tables as they were drawn, but for padding, which is zero as in a slim checkpoint.
+
+    Args:
+        model: `CtrModel` built from the plan, sharded.
+        plan: see `load_ticket`.
+    """
+    state = model.state_dict()
+    for name, value in state.items():
+        if _TABLE in name:
+            _clear_padding(value, plan.tables[name.split(".")[-2]].embedding_dim)
     model.load_state_dict(state)
 
 

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sseds_rec.constants import stored_dim
 from sseds_rec.errors import UserError
 from sseds_rec.search import knapsack
 from sseds_rec.search.budget import Budget
 from sseds_rec.search.groups import Groups, fill_order, first_groups, groups_of
-from sseds_rec.search.plan import DimensionPlan, TablePlan
+from sseds_rec.search.keeping import plan_keeping
+from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.rules import TableRule, width_bounds
 from sseds_rec.search.scores import DimensionScores, Table
 
@@ -109,7 +109,12 @@ def allocate(
     settings |= {"floor_share": floor_share} if floor_share else {}
     settings |= {"tables": {n: r.model_dump(exclude_defaults=True) for n, r in tables.items()}} if tables else {}
     kept = {name: sorted(columns[name][:dim].tolist()) for name, dim in zip(scores, dims, strict=True)}
-    return _plan(scores, kept, budget, settings, memory)
+    totals = {name: float(scores[name].sum()) for name in scores}
+    shares = {
+        name: float(scores[name][own].sum()) / totals[name] if totals[name] else 0.0 for name, own in kept.items()
+    }
+    rotations = {name: rotation.keep(kept[name]) for name, rotation in scores.rotations.items()}
+    return plan_keeping(scores.tables, kept, budget, {**scores.search, **settings}, shares, rotations, memory)
 
 
 def check_budget(
@@ -164,53 +169,3 @@ def _most_value(groups: Groups, first: np.ndarray, weights: np.ndarray, left: in
     values[owners, places + 1] = groups.keys[free] * weights[owners]
     choice = knapsack.solve(costs.cumsum(axis=1), values.cumsum(axis=1), left)
     return np.append(held, free[places < choice.options[owners]]).astype(np.int64), choice.gap
-
-
-def _plan(
-    scores: DimensionScores,
-    kept: dict[str, list[int]],
-    budget: Budget,
-    settings: Mapping[str, Any],
-    memory: dict[str, float | int] | None,
-) -> DimensionPlan:
-    tables = {}
-    for name, columns in kept.items():
-        table, own = scores.tables[name], scores[name]
-        total = float(own.sum())
-        tables[name] = TablePlan(
-            rows=table.rows,
-            original_dim=table.dim,
-            kept=columns,
-            embedding_dim=len(columns),
-            stored_dim=stored_dim(len(columns)),
-            saliency_kept=float(own[columns].sum()) / total if total else 0.0,
-            feature_names=list(table.feature_names),
-            pooling=table.pooling,
-        )
-    plans = tables.values()
-    reached = {
-        "parameters": _share(sum(t.rows * t.embedding_dim for t in plans), sum(t.rows * t.original_dim for t in plans)),
-        "stored_parameters": _share(
-            sum(t.rows * t.stored_dim for t in plans), sum(t.rows * stored_dim(t.original_dim) for t in plans)
-        ),
-        "dims": _share(sum(t.embedding_dim for t in plans), sum(t.original_dim for t in plans)),
-    }
-    facts = [scores.tables[name] for name in kept]
-    counted = _share(budget.cost(facts, [len(columns) for columns in kept.values()]), budget.total(facts))
-    if budget.kind in ("bytes", "fits"):
-        reached["bytes"] = counted
-        reached |= {"memory_per_rank": memory} if memory else {}
-    elif budget.transforms:
-        reached["parameters_and_transforms"] = counted
-    rotations = {name: rotation.keep(kept[name]) for name, rotation in scores.rotations.items()}
-    return DimensionPlan(
-        tables=tables,
-        budget=budget.asked(),
-        reached=reached,
-        search={**scores.search, **settings},
-        rotations=rotations,
-    )
-
-
-def _share(kept: int, of: int) -> dict[str, float | int]:
-    return {"kept": kept, "of": of, "fraction": kept / of}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -26,6 +27,10 @@ from sseds_rec.training.progress import History, StepReporter
 _CHECK_STEPS = 20
 
 
+#: What is done between two steps, given the number of steps so far: whether training is over.
+AfterStep = Callable[[int], bool]
+
+
 @dataclass(frozen=True)
 class Loaders:
     """Training rows, shuffled, and validation rows, in order."""
@@ -47,6 +52,7 @@ class Trainer:
         fingerprint: of the settings that a checkpoint must have been made under.
         from_trained: whether the model may be a trained one already: then it is measured before the first step too, and is
             the best one until an epoch is better. Of no epochs, it is what is left.
+        after_step: called on all ranks after every step, for searches that go on between steps of training.
     """
 
     def __init__(
@@ -59,8 +65,9 @@ class Trainer:
         runtime: Runtime,
         fingerprint: str = "",
         from_trained: bool = False,
+        after_step: AfterStep | None = None,
     ) -> None:
-        self.from_trained = from_trained
+        self.from_trained, self.after_step = from_trained, after_step
         self.model, self.optimizer, self.loaders, self.config, self.runtime = model, optimizer, loaders, config, runtime
         self.section = "train" if folder.name == "pretrain" else folder.name
         self.checkpoints = CheckpointStore(
@@ -88,15 +95,21 @@ class Trainer:
         with preemption(self.runtime) as requested:
             if self.from_trained and not self.progress.step and self.progress.best_step < 0:
                 self._validate(epochs=0)
-            while self.progress.epoch < self.config.epochs and self.progress.bad_epochs < self.config.patience:
-                self._train_epoch(requested)
+            over = False
+            while (
+                not over
+                and self.progress.epoch < self.config.epochs
+                and self.progress.bad_epochs < self.config.patience
+            ):
+                over = self._train_epoch(requested)
                 self._validate()
                 if requested(wait=True):
                     self._stop()
             self.checkpoints.finish()
         return self.progress
 
-    def _train_epoch(self, preempted: Requested) -> None:
+    def _train_epoch(self, preempted: Requested) -> bool:
+        """Trains on the rest of an epoch; returns whether training is over before its end."""
         loader, progress = self.loaders.train, self.progress
         loader.set_epoch(progress.epoch)
         if progress.loader:
@@ -104,19 +117,21 @@ class Trainer:
         done = first = int(progress.loader.get("batch", 0))
         losses: list[torch.Tensor] = []
         self.model.train()
+        over = False
         mark = time.monotonic()
         with (
             self.reporter.epoch(progress.epoch, self.config.epochs, first, len(loader)),
             train_pipeline(self.model, self.optimizer, self.runtime) as train_step,
         ):
             batches = iter(loader)
-            while done < len(loader):
+            while done < len(loader) and not over:
                 self.rates.set(progress.step, progress.reductions)
                 losses.append(train_step(batches)[0])
                 done += 1
                 progress.step += 1
                 progress.samples += self.config.batch_size
-                last = done == len(loader)  # after it comes validation, and then a checkpoint
+                over = self.after_step is not None and self.after_step(progress.step)
+                last = over or done == len(loader)  # after it comes validation, and then a checkpoint
                 stop = preempted(wait=last)
                 every = self.config.checkpoint_steps
                 checkpoint = stop or (every is not None and progress.step % every == 0 and not last)
@@ -130,6 +145,7 @@ class Trainer:
                     mark = time.monotonic()
                 if stop:
                     self._stop()
+        return over
 
     def _stop(self) -> NoReturn:
         self.checkpoints.finish()
