@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from sseds_rec.compare.config import CompareConfig
 from sseds_rec.data.config import FORMATS, DataConfig
 from sseds_rec.distributed.sharding_config import ShardingConfig
 from sseds_rec.errors import UserError
@@ -150,6 +152,7 @@ class Config(_Section):
     search: SearchConfig = SearchConfig()
     retrain: RetrainConfig = RetrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    compare: CompareConfig = CompareConfig()
 
     @field_validator("retrain")
     @classmethod
@@ -202,6 +205,29 @@ def load_config(path: str | Path, overrides: list[str] | None = None, paper: boo
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """A config with other values.
+
+    Args:
+        config: stays as it is.
+        settings: dotted key -> value; of a section, all of it.
+
+    Raises:
+        UserError: a key does not take its value.
+    """
+    tree = config.model_dump(mode="json")
+    for key, value in settings.items():
+        *sections, last = key.split(".")
+        below = tree
+        for section in sections:
+            below = below[section]
+        below[last] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
 
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

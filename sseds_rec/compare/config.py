@@ -1,0 +1,69 @@
+"""The `compare` section of a config."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from sseds_rec.compare.contestants import CONTESTANTS
+
+_Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class CompareConfig(BaseModel):
+    """The `compare` section: a grid of models x methods x budgets x seeds.
+
+    Attributes:
+        methods: of `sseds_rec.compare.contestants`; without `id_fields` there is no `drop_ids`.
+        budgets: shares of the embedding parameters that may stay.
+        models: of `model.name`.
+        seeds: how many, from the config's `seed` on.
+        learning_rates, embedding_l2: the grid on which every method is tuned: all pairs, on validation AUC, at `tune_budget` and
+            with the first seed.
+        tune_budget: one of `budgets`; the ablations are run at it too. Null for 0.1 where that is one, or the smallest.
+        id_fields: the fields that the baseline `drop_ids` does without.
+        ablations: whether to run those of the paper's Table 2.
+        processes: runs at a time; null for one a core, or on CUDA one a GPU.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    methods: list[str] = Field(list(CONTESTANTS), min_length=1)
+    budgets: list[_Share] = Field([0.5, 0.2, 0.1, 0.05], min_length=1)
+    models: list[str] = Field(["fm", "deepfm", "wide_deep"], min_length=1)
+    seeds: int = Field(3, ge=1)
+    learning_rates: list[Annotated[float, Field(gt=0)]] = Field([1e-3, 1e-4], min_length=1)
+    embedding_l2: list[Annotated[float, Field(ge=0)]] = Field([1e-3, 1e-1], min_length=1)
+    tune_budget: float | None = None
+    id_fields: list[str] = []
+    ablations: bool = True
+    processes: int | None = Field(None, ge=1)
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: list[str]) -> list[str]:
+        for name in methods:
+            if name not in CONTESTANTS:
+                raise ValueError(f"no method named {name!r}; choose some of {', '.join(CONTESTANTS)}, or all")
+        return methods
+
+    @field_validator("tune_budget")
+    @classmethod
+    def _one_of_budgets(cls, value: float | None, info: ValidationInfo) -> float | None:
+        budgets = info.data.get("budgets")
+        if value is not None and budgets and value not in budgets:
+            raise ValueError(f"it is none of the budgets {', '.join(map(str, budgets))}")
+        return value
+
+    @property
+    def tuned_at(self) -> float:
+        """The budget of the trials."""
+        return self.tune_budget or (0.1 if 0.1 in self.budgets else min(self.budgets))
+
+    @field_validator("methods", "budgets", "models", "learning_rates", "embedding_l2")
+    @classmethod
+    def _once(cls, values: list[object]) -> list[object]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"{values} names one twice")
+        return values

@@ -1,0 +1,64 @@
+"""The folder of a comparison: that its cells are all of one experiment, and what `compare.json` says of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from shlex import join
+from typing import Any
+
+from sseds_rec.compare.pool import cores
+from sseds_rec.config import Config, changed_keys, load_config
+from sseds_rec.data.dataset import open_dataset
+from sseds_rec.distributed.runtime import ALONE
+from sseds_rec.errors import UserError
+from sseds_rec.files import read_json
+from sseds_rec.run_directory import environment
+
+#: What may change from one call to the next: it adds or leaves out cells, and changes none.
+_GRID = {"methods", "budgets", "models", "seeds", "learning_rates", "embedding_l2", "ablations", "processes"}
+
+
+def open_comparison(folder: Path, config: Config, source: str) -> dict[str, Any]:
+    """Begins or goes on with a comparison.
+
+    Args:
+        folder: of the comparison.
+        config: of this call; recorded in `config.yaml`.
+        source: where it was read.
+
+    Returns:
+        What `compare.json` says, with the seconds that earlier calls took.
+
+    Raises:
+        UserError: the folder is of another experiment (names the key), or the data are missing.
+    """
+    recorded = folder / "config.yaml"
+    if recorded.exists():
+        for key, (old, new) in changed_keys(load_config(recorded), config).items():
+            if key.removeprefix("compare.") not in _GRID:
+                raise UserError(f"{folder} compares with {key}={old}, now it is {new}; choose another --run-dir")
+    schema = open_dataset(config.data).schema
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save(recorded)
+    section = config.compare
+    before = folder / "compare.json"
+    return {
+        "command": join(["sseds", *sys.argv[1:]]),
+        "config": source,
+        "data": {
+            "path": config.data.path,
+            **{f"{name}_rows": split.rows for name, split in schema.splits.items()},
+            "fields": len(schema.sparse_fields),
+        },
+        "models": section.models,
+        "methods": section.methods,
+        "budgets": section.budgets,
+        "seeds": [config.seed + number for number in range(section.seeds)],
+        "learning_rates": section.learning_rates,
+        "embedding_l2": section.embedding_l2,
+        "tune_budget": section.tuned_at,
+        "processes": section.processes or cores(),
+        "seconds": read_json(before)["seconds"] if before.exists() else 0.0,
+        "environment": environment(ALONE),
+    }

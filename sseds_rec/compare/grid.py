@@ -1,0 +1,124 @@
+"""The whole comparison: tunes every method by the same trials, then runs the cells that are not done yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sseds_rec.compare.cells import Cell, Rates, grid_of_rates
+from sseds_rec.compare.contestants import CONTESTANTS, Variant
+from sseds_rec.compare.pool import Pool
+from sseds_rec.compare.run_cell import RESULT, run_cell
+from sseds_rec.config import Config
+from sseds_rec.files import read_json
+
+Role = Literal["trial", "result", "ablation"]
+
+#: Of methods that can start from the ticket: the rows and columns of the paper's Table 2 beside the method itself.
+ABLATIONS: tuple[Variant, ...] = ("other_transform", "without_ticket", "other_transform_without_ticket")
+
+#: Told of every phase: its name, its cells, and how many of them are done.
+Report = Callable[[str, int, int], None]
+
+
+@dataclass
+class Grid:
+    """The cells of a comparison, phase by phase: those of later phases depend on what the earlier ones find.
+
+    Args:
+        config: its `compare` section says what is compared.
+        folder: of the comparison.
+
+    Attributes:
+        roles: cell -> what it is for; a trial may be a result as well, which is then run once.
+        chosen: (model, method, variant) -> the rates with the best validation AUC.
+    """
+
+    config: Config
+    folder: Path
+    roles: list[tuple[Cell, Role]] = field(default_factory=list)
+    chosen: dict[tuple[str, str, Variant], Rates] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        section = self.config.compare
+        self.seeds = [self.config.seed + number for number in range(section.seeds)]
+        self.tried = grid_of_rates(section)
+        methods = [name for name in section.methods if name != "drop_ids" or section.id_fields]
+        self.methods: list[tuple[str, Variant]] = [(name, "") for name in methods]
+        if section.ablations:
+            own = [name for name in methods if CONTESTANTS[name].transform]
+            self.methods += [(name, variant) for name in own for variant in ABLATIONS]
+
+    def run(self, pool: Pool, report: Report) -> None:
+        """Runs every cell that has no result yet."""
+        section = self.config.compare
+        bases = [Cell(model, "full", None, self.seeds[0], rates) for model in section.models for rates in self.tried]
+        self._run("tuning the full model", bases, "trial", pool, report)
+        for model in section.models:
+            self._choose(model, "full", "", [cell for cell in bases if cell.model == model])
+
+        others = [(method, variant) for method, variant in self.methods if method != "full"]
+        trials = {
+            (model, method, variant): [self._cell(model, method, variant, self.seeds[0], rates) for rates in self.tried]
+            for model in section.models
+            for method, variant in others
+        }
+        self._run("tuning the methods", [cell for cells in trials.values() for cell in cells], "trial", pool, report)
+        for (model, method, variant), cells in trials.items():
+            self._choose(model, method, variant, cells)
+
+        full = [
+            Cell(model, "full", None, seed, self.chosen[model, "full", ""])
+            for model in section.models
+            for seed in self.seeds
+        ]
+        self._run("full models of all seeds", full, "result", pool, report)
+        first = [
+            self._cell(model, method, variant, seed, self.chosen[model, method, variant])
+            for model in section.models
+            for seed in self.seeds
+            for method, variant in others
+        ]
+        self._run(f"budget {section.tuned_at:g}", [cell for cell in first if not cell.variant], "result", pool, report)
+        self._run("ablations", [cell for cell in first if cell.variant], "ablation", pool, report)
+        rest = [
+            replace(cell, budget=budget)
+            for budget in section.budgets
+            for cell in first
+            if cell.budget not in (None, budget) and not cell.variant
+        ]
+        self._run("other budgets", rest, "result", pool, report)
+
+    def _cell(self, model: str, method: str, variant: Variant, seed: int, rates: Rates) -> Cell:
+        """A cell at the budget of the trials."""
+        contestant = CONTESTANTS[method]
+        budget = self.config.compare.tuned_at if contestant.budgeted else None
+        base = self.chosen[model, "full", ""] if contestant.pretrained else None
+        return Cell(model, method, budget, seed, rates, base, variant)
+
+    def _choose(self, model: str, method: str, variant: Variant, trials: Sequence[Cell]) -> None:
+        found = {cell.rates: self.result(cell) for cell in trials}
+        best = max(found, key=lambda rates: found[rates].get("validation_auc", -math.inf))
+        self.chosen[model, method, variant] = best
+
+    def _run(self, phase: str, cells: Iterable[Cell], role: Role, pool: Pool, report: Report) -> None:
+        cells = list(cells)
+        self.roles += [(cell, role) for cell in cells]
+        todo = [cell for cell in cells if not (self.folder / cell.folder / RESULT).exists()]
+        report(phase, len(cells) - len(todo), len(cells))
+        todo.sort(key=lambda cell: not cell.contestant.learns)  # the longest first
+        calls = [(cell, self.config, self.folder, self._leader(cell)) for cell in todo]
+        for number, _ in enumerate(pool.run(run_cell, calls), start=len(cells) - len(todo) + 1):
+            report(phase, number, len(cells))
+
+    def _leader(self, cell: Cell) -> Cell | None:
+        leader = cell.leader(self.config.compare.tuned_at)
+        return leader if cell.contestant.learns and leader != cell else None
+
+    def result(self, cell: Cell) -> dict[str, Any]:
+        """What a cell left; without "auc" if it failed."""
+        found: dict[str, Any] = read_json(self.folder / cell.folder / RESULT)
+        return found

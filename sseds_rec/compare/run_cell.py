@@ -1,0 +1,87 @@
+"""Runs one cell, in a process of the pool: its stages, what it cost, and what its tables hold."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sseds_rec.compare.accounting import count_tables
+from sseds_rec.compare.cells import Cell
+from sseds_rec.config import Config
+from sseds_rec.distributed.runtime import runtime
+from sseds_rec.errors import UserError
+from sseds_rec.files import read_json, write_json
+from sseds_rec.harness import pipeline_for
+from sseds_rec.run_directory import RunDirectory
+
+RESULT = "result.json"
+
+
+def run_cell(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> None:
+    """Leaves `result.json` in the cell's run directory, or the line of why there is none: {"error": ...}.
+
+    A cell that was killed goes on from what its stages have left. What cells started from is linked, and only read.
+
+    Args:
+        cell: to run.
+        config: of the comparison.
+        folder: of the comparison.
+        leader: the cell whose search it shares, which has finished, if that is not its own.
+    """
+    own = folder / cell.folder
+    try:
+        result = _train(cell, cell.config(config), folder, leader)
+    except UserError as error:  # of this cell alone: a loss that is not finite, a budget that holds no column
+        result = {"error": str(error)}
+    write_json(own / RESULT, result)
+    # Weights of hundreds of runs are of no use any more, but for what other cells start from.
+    for part in (Path("retrain"), Path("slim"), Path("search"), Path("retrain", "tensorboard")):
+        for name in ("checkpoint", "checkpoints"):
+            shutil.rmtree(own / part / name, ignore_errors=True)
+
+
+def _train(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> dict[str, Any]:
+    run = RunDirectory(folder / cell.folder)
+    with runtime(config.device) as place:
+        pipeline = pipeline_for(config, run, place)
+        run.open(config, place)
+        if cell.pretraining is not None:
+            _link(run.path("pretrain"), folder / cell.pretraining.folder / "pretrain")
+        if leader is not None:
+            _link(run.path("search", "learned"), folder / leader.folder / "search" / "learned")
+        stages = ["pretrain"]
+        if cell.method != "full":
+            slims = cell.pretraining is not None and config.search.method == "sseds"
+            stages = ["search", "slim", "retrain"] if slims else ["search", "retrain"]
+        for stage in stages:
+            if not run.done(stage):
+                getattr(pipeline, stage)()
+    metrics = {stage: read_json(run.path(stage, "metrics.json")) for stage in stages}
+    trained = metrics[stages[-1]]
+    counts = count_tables(run.path(stages[-1], "checkpoint"))
+    asked = None
+    if cell.budget is not None:
+        asked = int(metrics["search"]["reached"]["parameters"]["of"] * cell.budget)
+    pretraining = read_json(run.path("pretrain", "metrics.json")) if cell.pretraining is not None else {}
+    return {
+        **{key: trained[key] for key in ("auc", "logloss", "validation_auc", "parameters")},
+        "auc_before_retraining": metrics.get("slim", {}).get("auc"),
+        "embedding_parameters": counts.elements if "csr_bytes" in trained else counts.columns,
+        "stored_parameters": counts.stored,
+        "budget_parameters": asked,
+        "dense_bytes": 4 * counts.stored,
+        "csr_bytes": trained.get("csr_bytes"),
+        "pretrain_seconds": (pretraining or metrics.get("pretrain", {})).get("seconds", 0.0),
+        "search_seconds": metrics.get("search", {}).get("seconds", 0.0),
+        "retrain_seconds": metrics.get("retrain", {}).get("seconds", 0.0),
+        "inference_samples_per_second": trained["inference_samples_per_second"],
+    }
+
+
+def _link(link: Path, target: Path) -> None:
+    """Makes `link` stand for a finished cell's folder."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(os.path.relpath(target, link.parent))
