@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Variant = Literal["", "without_ticket", "other_transform", "other_transform_without_ticket"]
+from sseds_rec.slim.alignment import Init
+
+#: "" is the method itself; the others start their retraining differently.
+Variant = Literal[
+    "",
+    "without_ticket",
+    "random_transform",
+    "random_transform_without_ticket",
+    "select_transform",
+    "select_transform_without_ticket",
+]
 
 
 @dataclass(frozen=True)
@@ -26,14 +36,23 @@ class Contestant:
     pretrained: bool = False
     learns: bool = False
     budgeted: bool = True
-    transform: Literal["select", "random"] | None = None
+    transform: Init | None = None
+
+    @property
+    def ablations(self) -> list[Variant]:
+        """What the paper's Table 2 and the other start of its transform matrices ask for."""
+        if self.transform is None:
+            return []
+        if self.transform == "select":
+            return ["without_ticket", "random_transform", "random_transform_without_ticket"]
+        return ["without_ticket", "select_transform", "select_transform_without_ticket"]
 
     def of_variant(self, variant: Variant) -> dict[str, Any]:
         """The settings of one of its ablations, or of itself."""
         settings = dict(self.settings)
         if self.transform is not None:
-            other = {"select": "random", "random": "select"}[self.transform]
-            settings["retrain.transform"] = other if variant.startswith("other_transform") else self.transform
+            other = variant.partition("_transform")[0] if "_transform" in variant else self.transform
+            settings["retrain.transform"] = other
         if variant.endswith("without_ticket"):
             settings["retrain.tables"] = "random"
         return settings

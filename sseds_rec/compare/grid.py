@@ -17,9 +17,6 @@ from sseds_rec.files import read_json
 
 Role = Literal["trial", "result", "ablation"]
 
-#: Of methods that can start from the ticket: the rows and columns of the paper's Table 2 beside the method itself.
-ABLATIONS: tuple[Variant, ...] = ("other_transform", "without_ticket", "other_transform_without_ticket")
-
 #: Told of every phase: its name, its cells, and how many of them are done.
 Report = Callable[[str, int, int], None]
 
@@ -49,8 +46,7 @@ class Grid:
         methods = [name for name in section.methods if name != "drop_ids" or section.id_fields]
         self.methods: list[tuple[str, Variant]] = [(name, "") for name in methods]
         if section.ablations:
-            own = [name for name in methods if CONTESTANTS[name].transform]
-            self.methods += [(name, variant) for name in own for variant in ABLATIONS]
+            self.methods += [(name, variant) for name in methods for variant in CONTESTANTS[name].ablations]
 
     def run(self, pool: Pool, report: Report) -> None:
         """Runs every cell that has no result yet."""
