@@ -56,6 +56,8 @@ def render(grid: Grid) -> str:
 
 
 def _sections(grid: Grid, rankings: Sequence[Ranking]) -> list[Section]:
+    if grid.results.is_empty():
+        return []
     dims = [dims_table(grid, model, i) for i, model in enumerate(grid.models)]
     ranked = [ranking_table(grid, ranking) for ranking in rankings if ranking.methods]
     return [

@@ -102,6 +102,11 @@ class Grid:
         """The budget that figures of a single one show: that of the tuning, or the one nearest to it."""
         return min(self.budgets, key=lambda b: abs(math.log(b / self.about.tune_budget)), default=None)
 
+    @property
+    def is_shown(self) -> pl.Expr:
+        """Whether a row is at the budget that figures show."""
+        return pl.col("budget").eq_missing(pl.lit(self.shown_budget, pl.Float64))
+
 
 def in_order(names: Iterable[str], asked: Sequence[str]) -> list[str]:
     """The distinct names: those asked for in that order, then any others."""

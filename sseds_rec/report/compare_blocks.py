@@ -20,7 +20,9 @@ def auc_blocks(grid: Grid) -> list[FigureBlock]:
     blocks = []
     several = len(grid.about.seeds) > 1
     for i, model in enumerate(grid.models):
-        own = grid.results.filter(pl.col("model") == model, pl.col("auc").is_finite())
+        own = grid.results.filter(
+            pl.col("model") == model, pl.col("auc").is_finite(), pl.col("embedding_parameters") > 0
+        )
         series = []
         for method in in_order(own["method"], grid.methods):
             line = summarize(own.filter(pl.col("method") == method), ["budget"], ["embedding_parameters", "auc"])
@@ -127,9 +129,7 @@ def _top(scores: np.ndarray) -> float:
 
 
 def _dims_block(grid: Grid, model: str, i: int) -> list[FigureBlock]:
-    own = grid.widths.filter(
-        pl.col("model") == model, pl.col("budget") == grid.shown_budget, pl.col("method").is_in(SEARCHED)
-    )
+    own = grid.widths.filter(pl.col("model") == model, grid.is_shown, pl.col("method").is_in(SEARCHED))
     if own.is_empty():
         return []
     fields = own.group_by("field").agg(pl.col("rows").max(), pl.col("dim").mean())

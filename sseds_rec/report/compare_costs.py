@@ -53,7 +53,7 @@ def time_table(grid: Grid) -> Table:
 def at_shown_budget(grid: Grid) -> pl.DataFrame:
     """Times and speeds of every model and method, means over the seeds, at the budget that figures show."""
     times = ["pretrain_seconds", "search_seconds", "retrain_seconds"]
-    frame = grid.results.filter((pl.col("budget") == grid.shown_budget) | pl.col("budget").is_null())
+    frame = grid.results.filter(grid.is_shown | pl.col("budget").is_null())
     frame = frame.with_columns(total_seconds=pl.sum_horizontal(times))
     return ordered(
         grid, summarize(frame, ["model", "method"], [*times, "total_seconds", "inference_samples_per_second"])

@@ -177,7 +177,7 @@ def inference_speed(methods: Sequence[str], speed: Sequence[float], spread: Sequ
     most = float((values + error).max())
     for row, value in enumerate(values):
         axes.text(value + error[row] + 0.015 * most, row, compact(value), va="center", fontsize=7)
-    axes.set_xlim(0, 1.17 * most)
+    axes.set_xlim(0, max(1.17 * most, 1e-3))
     _method_axis(axes, methods)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axes.set_xlabel("samples a second")

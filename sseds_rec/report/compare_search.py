@@ -20,7 +20,7 @@ _STEPS = ("without retraining", "without ticket", "in full")
 
 def dims_table(grid: Grid, model: str, number_of: int) -> Table | None:
     """Mean dim of every field under each method that ends in widths; None if none of this model does."""
-    own = grid.widths.filter(pl.col("model") == model, pl.col("budget") == grid.shown_budget)
+    own = grid.widths.filter(pl.col("model") == model, grid.is_shown)
     if own.is_empty():
         return None
     methods = in_order(own["method"], grid.about.methods)
