@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json
@@ -56,9 +56,9 @@ class About(BaseModel):
     seeds: list[int]
     learning_rates: list[float]
     embedding_l2: list[float]
-    tune_budget: float
+    tune_budget: float = Field(gt=0, le=1)
     processes: int
-    seconds: float | None
+    seconds: FiniteFloat | None
     environment: dict[str, Any]
     missing: list[Any]
 
@@ -136,14 +136,11 @@ def read_grid(folder: Path) -> Grid:
 def _about(path: Path) -> About:
     content = read_json(path)
     try:
-        about = About.model_validate(content)
+        return About.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "content"
         raise UserError(f"{path}: {where}: {first['msg']}; run `sseds compare` again") from None
-    if about.tune_budget <= 0:
-        raise UserError(f"{path}: tune_budget: {about.tune_budget} is no fraction above 0; run `sseds compare` again")
-    return about
 
 
 def _table(path: Path, schema: dict[str, type[pl.DataType]], unique: list[str]) -> pl.DataFrame:

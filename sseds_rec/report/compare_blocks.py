@@ -76,6 +76,8 @@ def cost_blocks(grid: Grid) -> list[FigureBlock]:
         if fast.is_empty():
             continue
         names, speed = fast["method"].to_list(), fast["inference_samples_per_second"].to_list()
+        known = fast["inference_samples_per_second_std"].is_not_null().any()
+        spread = ", with one standard deviation" if known else ""
         words = ", ".join(f"{name} {value:,.0f}" for name, value in zip(names, speed, strict=True))
         blocks.append(
             FigureBlock(
@@ -84,7 +86,7 @@ def cost_blocks(grid: Grid) -> list[FigureBlock]:
                 svg=figures.inference_speed(
                     names, speed, fast["inference_samples_per_second_std"].fill_null(np.nan).to_list()
                 ),
-                caption=f"Longer is faster; {CHOSEN} is in its own colour. Means over seeds, with one standard deviation.",
+                caption=f"Longer is faster; {CHOSEN} is in its own colour. Means over seeds{spread}.",
                 alt=f"Bars of samples a second in inference by method: {words}.",
             )
         )

@@ -8,8 +8,8 @@ import polars as pl
 
 from sseds_rec.compare.statistics import summarize
 from sseds_rec.report.compare_artefacts import Grid
-from sseds_rec.report.compare_tables import CHOSEN, FULL, Table, at_shown, budget_text, ordered, own_rows, ratio
-from sseds_rec.report.numbers import count, number, text
+from sseds_rec.report.compare_tables import CHOSEN, FULL, Table, at_shown, ordered, own_rows, ratio
+from sseds_rec.report.numbers import count, number, percent, text
 
 
 def time_table(grid: Grid) -> Table:
@@ -73,7 +73,7 @@ def storage_table(grid: Grid) -> Table | None:
         [
             row["model"],
             row["method"],
-            budget_text(row["budget"]),
+            percent(row["budget"]),
             count(row["embedding_parameters"]),
             count(row["dense_bytes"]),
             count(row["csr_bytes"]),
@@ -133,7 +133,7 @@ def tuning_table(grid: Grid) -> Table:
         title="Learning rate and L2 of the embeddings, chosen by validation AUC",
         columns=["Model", "Method", "Learning rate", "L2", "Validation AUC of the trial", "Trials"],
         rows=rows,
-        note=f"{spent} Trials see no test data; they are made at {budget_text(grid.about.tune_budget)} of the parameters.",
+        note=f"{spent} Trials see no test data; they are made at {percent(grid.about.tune_budget)} of the parameters.",
         heads=2,
         own=own_rows(rows),
     )

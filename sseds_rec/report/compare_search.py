@@ -9,8 +9,8 @@ import polars as pl
 from sseds_rec.compare.statistics import summarize
 from sseds_rec.report.artefacts import printable
 from sseds_rec.report.compare_artefacts import Grid, in_order
-from sseds_rec.report.compare_tables import FULL, Table, at_shown, bold, budget_text, with_spread
-from sseds_rec.report.numbers import count, number, text
+from sseds_rec.report.compare_tables import FULL, Table, at_shown, bold, with_spread
+from sseds_rec.report.numbers import count, number, percent, text
 
 PAPER = "sseds_paper"
 SEARCHED = ("sseds", PAPER)
@@ -72,7 +72,7 @@ def ablation_table(grid: Grid) -> Table | None:
     for budget, method, step in keys:
         values = [found.get((budget, method, step, *column)) for column in columns]
         if any(values):
-            lines.append(([budget_text(budget), method, step], values))
+            lines.append(([percent(budget), method, step], values))
     best = [
         max((mean for mean, _ in filter(None, column) if mean is not None), default=math.nan)
         for column in zip(*(values for _, values in lines), strict=True)

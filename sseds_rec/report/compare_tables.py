@@ -36,10 +36,6 @@ class Table:
     own: frozenset[int] = field(default_factory=frozenset)
 
 
-def budget_text(budget: float | None) -> str:
-    return percent(budget)
-
-
 def ordered(grid: Grid, frame: pl.DataFrame) -> pl.DataFrame:
     """Rows by model and method as asked for, then by budget, the largest first."""
     models, methods = in_order(frame["model"], grid.about.models), in_order(frame["method"], grid.about.methods)
@@ -65,7 +61,7 @@ def results_table(grid: Grid) -> Table:
         [
             row["model"],
             row["method"],
-            budget_text(row["budget"]),
+            percent(row["budget"]),
             with_spread(row["auc"], row["auc_std"]),
             with_spread(row["logloss"], row["logloss_std"]),
             text(number(row["validation_auc"]), ".4f"),
@@ -117,13 +113,13 @@ def ranking_table(grid: Grid, ranking: Ranking) -> Table:
     left_out = f" Not ranked, with too few cells in common with the others: {unranked}." if unranked else ""
     return Table(
         id=f"ranking-{ranking.budget:g}",
-        title=f"Ranking at {budget_text(ranking.budget)} of the embedding parameters, n = {ranking.pairs}",
+        title=f"Ranking at {percent(ranking.budget)} of the embedding parameters, n = {ranking.pairs}",
         columns=[
-            "Method", "Mean rank", "Mean AUC", "Less the best", "95 % interval", "p", "Verdict",
-            f"Less {CHOSEN}", "95 % interval", "p", "Missed",
+            "Method", "Mean rank", "Mean AUC", "Less the best", "95 % interval to it", "p to it", "Verdict",
+            f"Less {CHOSEN}", f"95 % interval to {CHOSEN}", f"p to {CHOSEN}", "Missed",
         ],
         rows=rows,
-        note=f"n = {ranking.pairs} (model, seed) pairs, those which all of these methods have. Best mean of each model by "
+        note=f"n = {ranking.pairs}: the (model, seed) pairs that all of these methods have. Best mean of each model by "
         f"itself: {best}.{left_out}",
         own=own_rows(rows),
     )  # fmt: skip
@@ -144,9 +140,9 @@ def missed_table(grid: Grid) -> Table | None:
     rows = []
     for row in frame.rows(named=True):
         asked = row["budget_parameters"]
-        above = asked is not None and row["embedding_parameters"] > asked
+        above = asked is not None and (row["embedding_parameters"] or 0) > asked
         name = f"{row['method']} {row['variant']}".strip()
-        where = [row["model"], name, budget_text(row["budget"]), str(row["seed"])]
+        where = [row["model"], name, percent(row["budget"]), str(row["seed"])]
         rows.append([*where, count(row["embedding_parameters"]), count(asked), MISSED[above]])
     if not rows:
         return None
@@ -165,8 +161,8 @@ def bold(value: str) -> str:
 
 
 def at_shown(grid: Grid) -> str:
-    """ " at 10 %", for titles of what is shown at one budget."""
-    return "" if grid.shown_budget is None else f" at {budget_text(grid.shown_budget)}"
+    """Ends the title of what is shown at one budget."""
+    return "" if grid.shown_budget is None else f" at {percent(grid.shown_budget)}"
 
 
 def _share(part: float | None, whole: float | None) -> str:

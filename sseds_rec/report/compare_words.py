@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from sseds_rec.compare.statistics import Difference, Ranked, Ranking
 from sseds_rec.report.compare_artefacts import Grid
 from sseds_rec.report.compare_figures import REFERENCES
-from sseds_rec.report.compare_tables import CHOSEN, budget_text
-from sseds_rec.report.numbers import count, text
+from sseds_rec.report.compare_tables import CHOSEN
+from sseds_rec.report.numbers import count, percent, text
 
 RANKING_NOTE = (
     "Methods by mean test AUC. Differences are paired: within the same model and seed. p is of a two-sided paired t-test, "
@@ -27,28 +27,39 @@ def headline(grid: Grid, rankings: Sequence[Ranking]) -> str:
             won.setdefault(ranking.best.method, []).append(ranking.budget)
     if not won:
         return "No budget has a result yet" if grid.results.height else "No model is trained yet"
+    if not any(map(_others, rankings)):
+        return f"{_listed(list(won))} can be compared with no other method yet"
     clear = [ranking for ranking in rankings if _is_clear(ranking)]
     surely = f"told apart from all others at {len(clear) or 'none'} of {len(rankings)} budgets"
     if len(rankings) == 1:
         surely = f"{'' if clear else 'not '}told apart from all others"
     if len(won) == 1:
         method, at = next(iter(won.items()))
-        where = f"all {len(at)} budgets" if len(at) == len(rankings) > 1 else _listed(map(budget_text, at))
+        where = f"all {len(at)} budgets" if len(at) == len(rankings) > 1 else _listed(map(percent, at))
         return f"{method} has the best mean test AUC at {where}, {surely}"
-    winners = "; ".join(f"{method} at {_listed(map(budget_text, at))}" for method, at in won.items())
+    winners = "; ".join(f"{method} at {_listed(map(percent, at))}" for method, at in won.items())
     return f"Best mean test AUC: {winners}; {surely}"
 
 
 def _is_clear(ranking: Ranking) -> bool:
     """Whether the test tells the best from every other method that has a budget."""
-    others = [r for r in ranking.methods if r is not ranking.best and r.method not in REFERENCES]
+    others = _others(ranking)
     return bool(others) and all(_apart(r.to_best) for r in others)
+
+
+def _others(ranking: Ranking) -> list[Ranked]:
+    """The methods with a budget, without the best of them."""
+    return [r for r in ranking.methods if r is not ranking.best and r.method not in REFERENCES]
 
 
 def summary(grid: Grid, rankings: Sequence[Ranking], missed: int) -> list[str]:
     """What was compared, and of each budget what the test tells apart."""
     about = grid.about
-    took = f" It took {_duration(about.seconds)} on {about.processes} processes." if about.seconds is not None else ""
+    took = (
+        f" It took {_duration(about.seconds)} on {_numbered(about.processes, 'worker')}."
+        if about.seconds is not None
+        else ""
+    )
     sentences = [
         f"{_listed(grid.models) or 'No model yet'} on {about.data.path}: {count(about.data.train_rows)} rows to train, "
         f"{count(about.data.validation_rows)} to validate, {count(about.data.test_rows)} to test, "
@@ -65,10 +76,10 @@ def summary(grid: Grid, rankings: Sequence[Ranking], missed: int) -> list[str]:
 
 
 def _at_budget(ranking: Ranking) -> str:
-    start, best = f"At {budget_text(ranking.budget)}: ", ranking.best
+    start, best = f"At {percent(ranking.budget)}: ", ranking.best
     if best is None:
         return f"{start}no two methods can be compared yet."
-    others = [ranked for ranked in ranking.methods if ranked is not best and ranked.method not in REFERENCES]
+    others = _others(ranking)
     words = [f"{start}{best.method} {text(best.auc, '.4f')} on average"]
     words += [_reference(ranked) for ranked in ranking.methods if ranked.method in REFERENCES]
     sentences = [", ".join(words)]

@@ -107,10 +107,10 @@ def test_noise_is_told_apart_no_more_often_than_it_may() -> None:
     """Methods that are all the same: over many grids, the best is told apart from any other in at most 5 %."""
     rng = np.random.default_rng(0)
     found = 0
-    for _ in range(150):
+    for _ in range(60):
         frame = grid({f"method{i}": rng.normal(0.78, 0.001, 6).tolist() for i in range(6)})
         found += any(r.to_best.told_apart for r in rank_methods(frame, 0.1).methods if r.to_best)
-    assert found <= 150 * 0.05 + 3 * math.sqrt(150 * 0.05 * 0.95)
+    assert found <= 60 * 0.05 + 3 * math.sqrt(60 * 0.05 * 0.95)
 
 
 def test_one_pair_tells_nothing_apart() -> None:

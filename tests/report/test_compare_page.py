@@ -102,7 +102,7 @@ def test_ranking_is_paired_within_model_and_seed(finished: tuple[Path, Page]) ->
                 assert value(row["Less the best"]) == pytest.approx((own - best).mean(), abs=5.001e-5)
             if row["Method"] != "sseds":
                 assert value(row["Less sseds"]) == pytest.approx((own - auc["sseds"]).mean(), abs=5.001e-5)
-    assert "n = 6 (model, seed) pairs" in page.text
+    assert "n = 6: the (model, seed) pairs" in page.text
     assert page.text.count("sseds has the best mean test AUC at all 2 budgets, told apart from all others at") == 1
 
 
@@ -228,12 +228,13 @@ def test_one_seed_one_model_one_budget(tmp_path: Path) -> None:
     assert "one standard deviation over the seeds" not in page.text
 
 
-@pytest.mark.parametrize("edits", ["trials", "references", "no sseds", "no numbers"])
+@pytest.mark.parametrize("edits", ["trials", "references", "alone", "no sseds", "no numbers"])
 def test_a_grid_that_has_just_begun(tmp_path: Path, edits: str) -> None:
     folder = write_grid(tmp_path / "g", ("fm",), FEW, (0.2,), (7,), FIELDS)
     change, headline = {
         "trials": (only(role="trial"), "No model is trained yet"),
         "references": (only(method="full"), "No budget has a result yet"),
+        "alone": (only(method="pep"), "pep can be compared with no other method yet"),
         "no sseds": (
             lambda frame: frame.filter(~pl.col("method").str.starts_with("sseds")),
             "pep has the best mean test",
@@ -254,6 +255,28 @@ def test_a_method_with_too_few_cells_is_not_ranked(tmp_path: Path) -> None:
     page = Page(write_compare_report(folder))
     assert [row["Method"] for row in table(page, "Verdict")] == ["sseds", "uniform"]
     assert "too few cells in common with the others: mde (1)" in page.text
+
+
+def test_the_words_claim_no_more_than_the_test(tmp_path: Path) -> None:
+    """uniform is ahead of sseds by less than the noise at a half, and behind it by far at a tenth."""
+    folder = write_grid(tmp_path / "g", ("fm",), ("uniform", "random", "sseds"), (0.5, 0.1), fields=FIELDS)
+    auc = {("uniform", 0.5): [0.781, 0.785, 0.780], ("uniform", 0.1): [0.700, 0.701, 0.702]}
+    auc |= {("sseds", 0.5): [0.782, 0.781, 0.779], ("sseds", 0.1): [0.800, 0.802, 0.801]}
+    auc |= {("random", 0.5): [0.601, 0.600, 0.602], ("random", 0.1): [0.600, 0.602, 0.601]}
+    new = [{"method": m, "budget": b, "seed": i, "new": x} for (m, b), own in auc.items() for i, x in enumerate(own)]
+
+    def change(frame: pl.DataFrame) -> pl.DataFrame:
+        frame = frame.join(pl.DataFrame(new), ["method", "budget", "seed"], how="left")
+        return frame.filter(pl.col("role") == "result").with_columns(auc="new").drop("new")
+
+    rewrite(folder, change)
+    text = Page(write_compare_report(folder)).text
+    half, tenth = shown(0.5), shown(0.1)
+    assert f"Best mean test AUC: uniform at {half}; sseds at {tenth}; told apart from all others at 1 of 2" in text
+    half_words = "uniform 0.7820 on average; not told apart from the best: sseds; behind it: random; "
+    half_words += "sseds less the best is −0.0013"
+    assert f"At {half}: {half_words} (95 % interval" in text
+    assert f"At {tenth}: sseds 0.8010 on average; behind it: uniform and random. n = 3 pairs." in text
 
 
 def test_odd_names_are_text_and_nothing_else(tmp_path: Path) -> None:
@@ -312,6 +335,8 @@ def test_tables_that_are_not_as_they_should_be(folder: Path) -> None:
     path.write_bytes(good)
     edit(folder / "compare.json", lambda about: about["data"].pop("fields"))
     expect_error(folder, "compare.json", "data.fields")
+    edit(folder / "compare.json", lambda about: (about["data"].update(fields=3), about.update(tune_budget=0)))
+    expect_error(folder, "compare.json", "tune_budget")
 
 
 @pytest.fixture(scope="module")
