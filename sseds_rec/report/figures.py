@@ -24,7 +24,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _field_axis(axes: Axes, names: Sequence[str]) -> None:
+def field_axis(axes: Axes, names: Sequence[str]) -> None:
     """One row a field, the first on top; the end of a long name tells more than its middle."""
     labels = [name if len(name) <= 20 else f"{name[:6]}…{name[-13:]}" for name in names]
     axes.set_yticks(range(len(names)), labels=labels)
@@ -33,7 +33,7 @@ def _field_axis(axes: Axes, names: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _compact(count: float) -> str:
+def compact(count: float) -> str:
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -126,9 +126,9 @@ def dims_per_field(names: Sequence[str], before: Sequence[int], after: Sequence[
     y, widest = np.arange(len(names)), max(before)
     axes.barh(y, before, height=0.72, color=COLORS["track"])
     axes.barh(y, after, height=0.72, color=COLORS["slim"])
-    _field_axis(axes, names)
+    field_axis(axes, names)
     for i, (dim, count) in enumerate(zip(after, rows, strict=True)):
-        note = f"{dim} · {_compact(count)} rows" if dim else f"0, dropped · {_compact(count)} rows"
+        note = f"{dim} · {compact(count)} rows" if dim else f"0, dropped · {compact(count)} rows"
         color = COLORS["ink" if dim else "muted"]
         axes.text(widest * 1.02, i, note, va="center", fontsize=7, color=color)
     axes.set_xlim(0, widest * 1.62)
@@ -161,7 +161,7 @@ def saliency_heatmap(names: Sequence[str], saliency: Sequence[np.ndarray], kept:
     axes.imshow(colors, aspect="auto", interpolation="none")
     ends = [len(columns) - 0.5 for columns in kept]
     axes.vlines(ends, np.arange(len(names)) - 0.5, np.arange(len(names)) + 0.5, color=COLORS["slim"], linewidth=1.8)
-    _field_axis(axes, names)
+    field_axis(axes, names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(-1, cells.shape[1] - 0.5)
     axes.set_xlabel("dims, kept ones first (line: the cut)")
@@ -194,7 +194,7 @@ def quality(models: Mapping[str, tuple[float, float]]) -> Figure:
             axes.plot(value, i, marker, color=COLORS[color], markersize=6)
             if np.isfinite(value):
                 axes.annotate(f"{value:.4f}", (value, i), (0, 6), textcoords="offset points", ha="center", fontsize=7.5)
-        _field_axis(axes, list(models))
+        field_axis(axes, list(models))
         axes.set_ylim(len(models) - 0.6, -0.8)
         axes.grid(True)
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -261,7 +261,7 @@ def memory_per_field(names: Sequence[str], before: Sequence[float], after: Seque
     axes.set(xscale="log", xlim=(left / 1.3, positive.max() * 1.6))
     axes.set_xlabel("embedding weights (MiB, log scale)")
     log_ticks(axes.xaxis)
-    _field_axis(axes, names)
+    field_axis(axes, names)
     axes.grid(True, axis="x")
     figure.legend(loc="outside upper center", ncols=3)
     return figure

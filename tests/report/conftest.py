@@ -1,14 +1,18 @@
-"""A plausible finished run, written file by file as the other stages leave it."""
+"""A plausible finished run, written file by file as the other stages leave it, and a browser to look at its page."""
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from playwright.sync_api import Browser, sync_playwright
 
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
 FLIGHTS_ROWS = {
     "tailnum": 4044, "flight": 3845, "dest": 106, "origin": 4, "carrier": 17, "month": 13, "day": 32, "weekday": 8,
     "hour": 21, "minute": 61, "sched_dep_time": 1022, "plane_model": 128, "plane_manufacturer": 36, "plane_engines": 5,
@@ -132,3 +136,15 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return write_run(tmp_path / "runs" / name, rows)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
+        pytest.fail("no browser found: install Debian's package `chromium` (or google-chrome)", pytrace=False)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        yield chromium
+        chromium.close()

@@ -1,32 +1,15 @@
 """The page in a real browser: what shows, what fits, and that it asks the network for nothing."""
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from sseds_rec.report import write_report
 
 MakeRun = Callable[..., Path]
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next(filter(None, map(shutil.which, names)), None)
-    if executable is None:
-        pytest.fail("no browser found: install Debian's package `chromium` (or google-chrome)", pytrace=False)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=FLAGS)
-        yield chromium
-        chromium.close()
-
 
 # Each text of a figure whose box leaves the figure's by more than a pixel: a label that is cut off.
 CUT_OFF = """() => [...document.querySelectorAll('figure svg')].flatMap(svg => {
