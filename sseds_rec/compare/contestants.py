@@ -12,8 +12,10 @@ from sseds_rec.slim.alignment import Init
 Variant = Literal[
     "",
     "without_ticket",
+    "without_retraining",
     "random_transform",
     "random_transform_without_ticket",
+    "random_transform_without_retraining",
     "select_transform",
     "select_transform_without_ticket",
 ]
@@ -43,9 +45,13 @@ class Contestant:
         """What the paper's Table 2 and the other start of its transform matrices ask for."""
         if self.transform is None:
             return []
-        if self.transform == "select":
-            return ["without_ticket", "random_transform", "random_transform_without_ticket"]
-        return ["without_ticket", "select_transform", "select_transform_without_ticket"]
+        # The slim stage measures what there is without retraining from `select`; from `random` a run has to.
+        if self.transform == "random":
+            return ["without_ticket", "without_retraining", "select_transform", "select_transform_without_ticket"]
+        random: list[Variant] = [
+            "random_transform", "random_transform_without_ticket", "random_transform_without_retraining"
+        ]  # fmt: skip
+        return ["without_ticket", *random]
 
     def of_variant(self, variant: Variant) -> dict[str, Any]:
         """The settings of one of its ablations, or of itself."""
@@ -53,6 +59,8 @@ class Contestant:
         if self.transform is not None:
             other = variant.partition("_transform")[0] if "_transform" in variant else self.transform
             settings["retrain.transform"] = other
+        if variant.endswith("without_retraining"):
+            settings["retrain.epochs"] = 0
         if variant.endswith("without_ticket"):
             settings["retrain.tables"] = "random"
         return settings

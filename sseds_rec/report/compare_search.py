@@ -50,13 +50,16 @@ def ablation_table(grid: Grid) -> Table | None:
     cells = cells.filter(pl.col("budget").is_in([b for b in budgets if b is not None]))
     if cells.is_empty():
         return None
-    random = (pl.col("method") == PAPER) | pl.col("variant").str.starts_with("random_transform")
-    without_ticket = pl.col("variant").str.ends_with("without_ticket")
+    variant = pl.col("variant").str
+    random = (pl.col("method") == PAPER) & ~variant.starts_with("select") | variant.starts_with("random")
+    without_ticket, without_retraining = (variant.ends_with(f"without_{what}") for what in ("ticket", "retraining"))
+    steps = pl.when(without_retraining).then(pl.lit(_STEPS[0])).when(without_ticket).then(pl.lit(_STEPS[1]))
     cells = cells.with_columns(
         transform=pl.when(random).then(pl.lit("random")).otherwise(pl.lit("select")),
-        step=pl.when(without_ticket).then(pl.lit(_STEPS[1])).otherwise(pl.lit(_STEPS[2])),
+        step=steps.otherwise(pl.lit(_STEPS[2])),
     )
-    untrained = cells.filter(~without_ticket, pl.col("auc_before_retraining").is_not_null())
+    # The slim stage measures the cut model as `select` starts it.
+    untrained = cells.filter(pl.col("step") == _STEPS[2], ~random, pl.col("auc_before_retraining").is_not_null())
     untrained = untrained.with_columns(pl.col("auc_before_retraining").alias("auc"), step=pl.lit(_STEPS[0]))
     summary = summarize(
         pl.concat([cells, untrained]), ["budget", "method", "step", "model", "transform"], ["auc"]

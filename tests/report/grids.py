@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from sseds_rec.compare.contestants import CONTESTANTS
 from tests.report.conftest import FLIGHTS_ROWS
 
 MODELS = ("fm", "deepfm", "wide_deep")
@@ -22,7 +23,6 @@ GAINS = {
 SEARCH_SECONDS = {"mde": 0.01, "autodim": 190.0, "pep": 75.0, "deeplight": 12.0, "sseds": 0.3, "sseds_paper": 0.1}
 REFERENCES = ("full", "drop_ids")
 ELEMENT_WISE = ("pep", "deeplight")
-VARIANTS = ("without_ticket", "random_transform", "random_transform_without_ticket")
 RATES, PENALTIES = (1e-3, 3e-3), (1e-5, 1e-4)
 DIM = 64
 NUMBERS = {
@@ -44,7 +44,7 @@ class _Grid:
         sparse = method in ELEMENT_WISE
         stored = self.whole if sparse else kept
         auc = 0.775 + 0.001 * len(model) + 0.0005 * seed + gain + rng.normal(0, 0.0003)
-        early = method.startswith("sseds") and not variant.endswith("without_ticket")
+        early = method.startswith("sseds")
         speed = 9e4 if sparse or method == "full" else 1.6e5
         return {
             "model": model, "method": method, "variant": variant, "role": "ablation" if variant else "result",
@@ -102,8 +102,8 @@ def write_grid(
             rows += [grid.trained(model, method, seed, budget) for budget in asked for seed in seeds]
             rows += grid.trials(model, method, asked[0])
             for seed in seeds:
-                if method == "sseds" and 0.1 in budgets:
-                    rows += [grid.trained(model, method, seed, 0.1, variant) for variant in VARIANTS]
+                if 0.1 in budgets:
+                    rows += [grid.trained(model, method, seed, 0.1, each) for each in CONTESTANTS[method].ablations]
                 if method not in (*REFERENCES, *ELEMENT_WISE):
                     widths += [row for budget in budgets for row in grid.widths(model, method, seed, budget)]
                 if method.startswith("sseds"):
