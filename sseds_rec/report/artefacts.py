@@ -32,7 +32,7 @@ class Table:
         original_dim: embedding dim before the search, D.
         kept: indices of the columns that the plan keeps, in [0, D).
         stored_dim: dim in memory, `len(kept)` or more where the kernels need padding.
-        saliency: scores of its columns, float64 [D]; all tables together sum to 1 (Eq. 11).
+        saliency: scores of its columns, float64 [D]; all tables together sum to 1 (Eq. 11), or are 0 if nothing was scored.
         errors: their standard errors, float64 [D], where there was more than one batch to know them from.
     """
 
@@ -101,6 +101,11 @@ class Run:
     tables: list[Table]
     audit: dict[str, Any] | None
     curves: dict[str, Curves]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the search scored columns; some methods choose widths without."""
+        return "criterion" in self.plan.get("search", {})
 
 
 def read_run(run_dir: Path) -> Run:
@@ -175,7 +180,8 @@ def _tables(search: Path, plan: dict[str, Any]) -> list[Table]:
     if plan.get("version") != PLAN_VERSION:
         raise UserError(f"{path}: version {plan.get('version')!r}, this release reads version {PLAN_VERSION}")
     where = "the plan"
-    saliency = _read(search / "saliency.npz", _arrays)
+    scored = "criterion" in plan.get("search", {})
+    saliency = _read(search / "saliency.npz", _arrays) if scored else {}
     errors = _read(errors_path, _arrays) if (errors_path := search / "saliency_errors.npz").exists() else {}
     tables = []
     try:
@@ -183,7 +189,7 @@ def _tables(search: Path, plan: dict[str, Any]) -> list[Table]:
         for name, entry in plan["tables"].items():
             where = f"table {name!r}"
             dim, kept = entry["original_dim"], tuple(entry["kept"])
-            if (scores := saliency.get(name)) is None:
+            if (scores := saliency.get(name) if scored else np.zeros(dim)) is None:
                 raise UserError(f"{search / 'saliency.npz'}: no scores for {where} of {path}")
             if scores.shape != (dim,):
                 found = list(scores.shape)

@@ -52,6 +52,10 @@ def quality_block(run: Run) -> FigureBlock:
 
 
 def search_blocks(run: Run) -> list[FigureBlock]:
+    return [*_saliency_blocks(run), _dims_block(run), _heatmap_block(run)] if run.is_scored else [_dims_block(run)]
+
+
+def _saliency_blocks(run: Run) -> list[FigureBlock]:
     scores = np.concatenate([table.saliency for table in run.tables])
     kept = np.concatenate([np.isin(np.arange(table.original_dim), table.kept) for table in run.tables])
     known = [table.errors for table in run.tables if table.errors is not None]
@@ -65,10 +69,6 @@ def search_blocks(run: Run) -> list[FigureBlock]:
     zeros = int((scores <= 0).sum())
     thinned = " Of the lower ranks, only some are drawn." if len(scores) > figures.MAX_POINTS else ""
     unseen = f" {zeros:,} dims with a saliency of 0 are not drawn." if zeros else ""
-    shown, remark = _shown(run.tables)
-    names = [table.label for table in shown]
-    dims = np.array([table.dim for table in run.tables])
-    spread = f"{(dims == 0).sum():,} of {len(dims):,} fields dropped, median dim {np.median(dims):g}, max {dims.max()}"
     return [
         FigureBlock(
             id="saliency-rank",
@@ -88,25 +88,35 @@ def search_blocks(run: Run) -> list[FigureBlock]:
             alt=f"Histogram of {len(scores):,} saliency scores on a log axis, {kept.sum():,} kept, "
             f"{(~kept).sum():,} dropped.",
         ),
-        FigureBlock(
-            id="dims",
-            title="Searched dim per field",
-            svg=figures.dims_per_field(
-                names, [t.original_dim for t in shown], [t.dim for t in shown], [t.rows for t in shown]
-            ),
-            caption="The coloured part of a bar is what the plan leaves of the embedding dim; the full bar is the dim "
-            f"before the search.{remark}",
-            alt=f"Bar chart of the embedding dim per field: {spread}.",
-        ),
-        FigureBlock(
-            id="saliency-fields",
-            title="Saliency by field and dim",
-            svg=figures.saliency_heatmap(names, [t.saliency for t in shown], [t.kept for t in shown]),
-            caption="A brighter cell is a dim that matters more to the loss; what is right of the line was cut. "
-            f"Same order of fields as the searched dims.{remark}",
-            alt="Heat map of saliency, one row a field and one column a dim, with the cut of the plan in each row.",
-        ),
     ]
+
+
+def _dims_block(run: Run) -> FigureBlock:
+    shown, remark = _shown(run.tables)
+    dims = np.array([table.dim for table in run.tables])
+    spread = f"{(dims == 0).sum():,} of {len(dims):,} fields dropped, median dim {np.median(dims):g}, max {dims.max()}"
+    return FigureBlock(
+        id="dims",
+        title="Searched dim per field",
+        svg=figures.dims_per_field(
+            [t.label for t in shown], [t.original_dim for t in shown], [t.dim for t in shown], [t.rows for t in shown]
+        ),
+        caption="The coloured part of a bar is what the plan leaves of the embedding dim; the full bar is the dim "
+        f"before the search.{remark}",
+        alt=f"Bar chart of the embedding dim per field: {spread}.",
+    )
+
+
+def _heatmap_block(run: Run) -> FigureBlock:
+    shown, remark = _shown(run.tables)
+    return FigureBlock(
+        id="saliency-fields",
+        title="Saliency by field and dim",
+        svg=figures.saliency_heatmap([t.label for t in shown], [t.saliency for t in shown], [t.kept for t in shown]),
+        caption="A brighter cell is a dim that matters more to the loss; what is right of the line was cut. "
+        f"Same order of fields as the searched dims.{remark}",
+        alt="Heat map of saliency, one row a field and one column a dim, with the cut of the plan in each row.",
+    )
 
 
 def training_blocks(run: Run) -> list[FigureBlock]:

@@ -38,6 +38,7 @@ def render(run: Run) -> str:
         quality=quality_block(run),
         search=search_blocks(run),
         training=training_blocks(run),
+        scored=run.is_scored,
         tables=sorted(run.tables, key=lambda table: -table.parameters_before),
         placements=placements,
         per_rank=placement_block(placements) if placements and placements.base.ranks > 1 else None,
@@ -85,8 +86,8 @@ def _summary(run: Run) -> list[str]:
         sentences.append(f"The planner's fullest rank takes {fullest} of {has} there, margin and all.")
     if not math.isnan(seconds := number(search.get("seconds"))):
         sentences.append(
-            f"The search{f' ({criterion})' if criterion else ''} took {text(seconds, ',.2f')} s "
-            f"on {count(search.get('batches'))} batches."
+            f"The search{f' ({criterion})' if criterion else ''} took {text(seconds, ',.2f')} s"
+            f"{f' on {count(batches)} batches' if (batches := search.get('batches')) else ''}."
         )
     if not math.isnan(overlap := number(search.get("expected_overlap"))):
         advice = (
