@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sseds_rec.search.audit import audit_dimensions
     from sseds_rec.search.budget import Budget
     from sseds_rec.search.plan import DimensionPlan
+    from sseds_rec.search.rescale import rescale
     from sseds_rec.search.rules import TableRule
     from sseds_rec.search.saliency import score_dimensions
     from sseds_rec.search.stability import expected_overlap, standard_errors
@@ -41,6 +42,7 @@ __all__ = [
     "audit_dimensions",
     "expected_overlap",
     "merge",
+    "rescale",
     "score_dimensions",
     "slim",
     "slim_checkpoint",
@@ -57,6 +59,7 @@ _HOMES = {
     "audit_dimensions": "search.audit",
     "expected_overlap": "search.stability",
     "merge": "slim.merge",
+    "rescale": "search.rescale",
     "score_dimensions": "search.saliency",
     "slim": "slim.surgery",
     "slim_checkpoint": "slim.checkpoint",

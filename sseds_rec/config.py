@@ -45,6 +45,8 @@ class SearchConfig(_Section):
             cannot be rotated: of models that multiply raw columns, and of fields of raw ids.
         batch_size: rows of a batch to score, of all ranks together; null for `train.batch_size`.
         num_batches: batches to score with, at most; "auto" for as many as the plan needs. Their scores tell what others would.
+        rescale_batches: batches of the same kind by which rotated tables are scaled as unseen rows would have them, and their
+            scores with them (`sseds_rec.rescale`); 0 for none.
         rounds: scorings, each with the columns masked that the one before would drop, on the way to the budget.
         split: where batches come from; held-out rows by default.
         budget: what may stay.
@@ -57,6 +59,7 @@ class SearchConfig(_Section):
     criterion: str | None = None
     batch_size: int | None = Field(512, ge=1)
     num_batches: int | Literal["auto"] = 4
+    rescale_batches: int = Field(64, ge=0)
     rounds: int = Field(1, ge=1)
     split: Literal["train", "validation"] = "validation"
     budget: Budget = Budget(parameters=0.1)
@@ -95,6 +98,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "criterion": "snip",
         "batch_size": None,
         "num_batches": 1,
+        "rescale_batches": 0,
         "rounds": 1,
         "split": "train",
         "min_dim": 0,

@@ -29,6 +29,7 @@ from sseds_rec.run_directory import RunDirectory, fingerprint
 from sseds_rec.search.audit import Audit, audit_dimensions
 from sseds_rec.search.criteria import criterion_named
 from sseds_rec.search.plan import DimensionPlan
+from sseds_rec.search.rescale import rescale
 from sseds_rec.search.saliency import score_dimensions
 from sseds_rec.search.scores import DimensionScores, save_arrays
 from sseds_rec.search.stability import expected_overlap, standard_errors
@@ -119,7 +120,7 @@ class Pipeline:
     def score(self, model: DistributedModelParallel) -> DimensionScores:
         """Scores of the full model by the `search` section."""
         search = self.config.search
-        return score_dimensions(
+        scores = score_dimensions(
             model,
             self.scoring_batches(),
             criterion_named(self.criterion, self.config.seed),
@@ -128,6 +129,9 @@ class Pipeline:
             budget=self.budget,
             allocation=search.allocate,
         )
+        if not (search.rescale_batches and scores.rotations):
+            return scores
+        return rescale(model, self.scoring_batches(), scores, search.rescale_batches)
 
     def audit(self, columns: int, num_batches: int | None) -> Audit:
         """Compares the search's scores with exact leave-one-out on validation batches; leaves `search/audit.json`."""

@@ -1,0 +1,174 @@
+"""`sseds compare` on a small set: the same trials for all, choices by validation alone, budgets counted, killed and gone on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from sseds_rec.compare.accounting import count_tables
+from tests.command import Command
+
+Sseds = Callable[..., Command]
+GRID = """
+compare:
+  methods: [full, drop_ids, uniform, mde, random, sseds_paper, sseds]
+  models: [fm]
+  budgets: [0.5, 0.25]
+  seeds: 2
+  learning_rates: [0.01, 0.003]
+  embedding_l2: [0.001]
+  id_fields: [user]
+  ablations: false
+"""
+
+
+@pytest.fixture(scope="module")
+def grid_config(config: Path) -> Path:
+    path = config.parent / "grid.yaml"
+    path.write_text(config.read_text().replace("epochs: 3", "epochs: 1") + GRID)
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(grid_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished comparison."""
+    folder = tmp_path_factory.mktemp("compare") / "grid"
+    subprocess.run(_command(grid_config, folder), check=True, capture_output=True, env=_one_thread())
+    return folder
+
+
+def _command(config: Path, folder: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "sseds_rec", "compare", str(config), "--run-dir", str(folder), *options]
+
+
+def _one_thread() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def _results(folder: Path) -> pl.DataFrame:
+    return pl.read_parquet(folder / "results.parquet")
+
+
+def test_every_method_has_the_same_trials(compared: Path) -> None:
+    trials = _results(compared).filter(role="trial")
+    for (method,), own in trials.group_by("method"):
+        assert sorted(own["learning_rate"]) == [0.003, 0.01], method
+        assert set(own["seed"]) == {7} and set(own["budget"]) <= {0.25, None}
+
+
+def test_what_is_used_is_what_validation_chose(compared: Path) -> None:
+    results = _results(compared)
+    for (method,), trials in results.filter(role="trial").group_by("method"):
+        best = trials.sort("validation_auc")["learning_rate"][-1]
+        assert set(results.filter(pl.col("method") == method, role="result")["learning_rate"]) == {best}, method
+
+
+def test_all_cells_are_there_and_within_their_budget(compared: Path) -> None:
+    results = _results(compared).filter(role="result")
+    expected = {
+        (m, b, s) for m in ("uniform", "mde", "random", "sseds_paper", "sseds") for b in (0.5, 0.25) for s in (7, 8)
+    }
+    expected |= {(m, None, s) for m in ("full", "drop_ids") for s in (7, 8)}
+    assert set(results.select("method", "budget", "seed").iter_rows()) == expected
+    assert json.loads((compared / "compare.json").read_text())["missing"] == []
+    (whole,) = set(results.filter(method="full")["embedding_parameters"])
+    for row in results.drop_nulls("budget").iter_rows(named=True):
+        assert row["budget_parameters"] == int(whole * row["budget"])
+        assert row["missed"] == (row["embedding_parameters"] > row["budget_parameters"]) is False
+        kept = json.loads((compared / row["run"] / "search/plan.json").read_text())["reached"]["parameters"]["kept"]
+        assert row["embedding_parameters"] == kept, row["run"]
+
+
+def test_methods_that_start_from_a_trained_model_share_the_tuned_one(compared: Path) -> None:
+    results = _results(compared).filter(role="result")
+    full = {row["seed"]: row for row in results.filter(method="full").iter_rows(named=True)}
+    for row in results.filter(pl.col("method").is_in(["random", "sseds", "sseds_paper"])).iter_rows(named=True):
+        trained = full[row["seed"]]
+        assert (compared / row["run"] / "pretrain").resolve() == (compared / trained["run"] / "pretrain").resolve()
+        assert row["pretrain_seconds"] == trained["pretrain_seconds"] > 0
+    assert set(results.filter(pl.col("method").is_in(["uniform", "mde"]))["pretrain_seconds"]) == {0.0}
+    checkpoint = compared / full[7]["run"] / "pretrain/checkpoint"
+    assert count_tables(checkpoint).columns == full[7]["embedding_parameters"]
+
+
+def test_killed_it_goes_on_to_the_same_numbers(compared: Path, grid_config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "grid"
+    options = ["--methods", "uniform,sseds", "--budgets", "0.25", "--seeds", "1"]
+    with subprocess.Popen(
+        _command(grid_config, folder, *options), env=_one_thread(), stderr=subprocess.PIPE
+    ) as process:
+        deadline = time.monotonic() + 120
+        while len(done := list(folder.glob("cells/**/result.json"))) < 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    while any(_is_worker_of(folder, pid) for pid in _processes()):
+        assert time.monotonic() < deadline  # workers end with their parent
+        time.sleep(0.1)
+    before = {path: path.stat().st_mtime_ns for path in done}
+    subprocess.run(_command(grid_config, folder, *options), check=True, capture_output=True, env=_one_thread())
+    assert {path: path.stat().st_mtime_ns for path in done} == before
+    key = ["method", "budget", "seed", "learning_rate"]
+    columns = [*key, "auc", "logloss", "embedding_parameters"]
+    found = _results(folder).filter(role="trial").select(columns).sort(key)
+    whole = _results(compared).filter(pl.col("method").is_in(found["method"].unique().implode()), role="trial")
+    assert found.equals(whole.select(columns).sort(key))
+
+
+def _processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def _is_worker_of(folder: Path, pid: int) -> bool:
+    try:
+        return any(str(folder) in os.readlink(link) for link in Path("/proc", str(pid), "fd").iterdir())
+    except OSError:
+        return False
+
+
+def test_a_cell_that_fails_is_named_and_the_others_go_on(grid_config: Path, tmp_path: Path) -> None:
+    """Half a percent is less than one column of every table: `uniform` cannot keep it."""
+    options = ["--methods", "uniform,mde", "--budgets", "0.25,0.005", "--seeds", "1", "compare.learning_rates=[0.01]"]
+    done = subprocess.run(
+        _command(grid_config, tmp_path / "grid", *options, "--json"),
+        check=True,
+        capture_output=True,
+        text=True,
+        env=_one_thread(),
+    )
+    missing = json.loads(done.stdout.splitlines()[-1])["missing"]
+    assert {cell["run"].split("/")[2:4][0] for cell in missing} == {"uniform", "mde"}
+    assert all("one column of every table costs" in cell["why"] for cell in missing)
+    assert set(_results(tmp_path / "grid").filter(role="result")["budget"]) == {0.25, None}
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--methods", "mdee"], "no method named 'mdee'; choose some of full, drop_ids, uniform"),
+        (["--budgets", "2"], "compare.budgets.0=2"),
+        (["--models", "fmm"], "no model named 'fmm'"),
+        (["compare.tune_budget=0.3"], "it is none of the budgets 0.5, 0.25"),
+        (["compare.id_fields=[usr]"], "has no field usr"),
+    ],
+)
+def test_refusals(sseds: Sseds, grid_config: Path, tmp_path: Path, options: list[str], line: str) -> None:
+    done = sseds("compare", grid_config, "--run-dir", tmp_path / "grid", *options)
+    assert done.code == 2
+    assert line in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "grid").exists()
+
+
+def test_another_experiment_needs_another_folder(sseds: Sseds, grid_config: Path, compared: Path) -> None:
+    done = sseds("compare", grid_config, "--run-dir", compared, "train.epochs=2")
+    assert done.code == 2
+    assert "compares with train.epochs=1, now it is 2; choose another --run-dir" in done.err
