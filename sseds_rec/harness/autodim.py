@@ -122,7 +122,13 @@ class Architect:
         config: AutodimConfig,
         runtime: Runtime,
     ) -> None:
-        self.model, self.mixture, self.validation, self.config, self.runtime = model, mixture, validation, config, runtime
+        self.model, self.mixture, self.validation, self.config, self.runtime = (
+            model,
+            mixture,
+            validation,
+            config,
+            runtime,
+        )
         self.start(0)
 
     def start(self, step: int) -> None:

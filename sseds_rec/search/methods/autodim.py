@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim.adam import adam
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
@@ -80,7 +81,9 @@ class AutodimConfig(BaseModel):
         if self.widths is None:
             return sorted({max(1, dim * share // 16) for share in (1, 4, 8, 12, 16)})
         if self.widths[-1] > dim:
-            raise UserError(f"search.autodim.widths: {self.widths[-1]} is above model.embedding_dim={dim}; leave it out")
+            raise UserError(
+                f"search.autodim.widths: {self.widths[-1]} is above model.embedding_dim={dim}; leave it out"
+            )
         return self.widths
 
 
@@ -116,9 +119,7 @@ class Mixture(nn.Module):
         for width, transform in zip(widths, self.transforms, strict=True):
             for of_field in transform:  # rows of length 1 on average: all candidates start with equal variance
                 nn.init.orthogonal_(of_field, gain=math.sqrt(dim / width))
-        import os
-        start = (len(fields) ** 2 * dim / 2) ** -0.25
-        self.scale = nn.Parameter(torch.full((len(fields) if os.environ.get("SCALE") == "field" else 1, 1, 1), start), requires_grad=os.environ.get("SCALE") != "fixed")
+        self.scale = nn.Parameter(torch.tensor((len(fields) ** 2 * dim / 2) ** -0.25))
         self._leaf: Tensor | None = None
 
     @property
@@ -134,9 +135,9 @@ class Mixture(nn.Module):
         keys, values = embeddings.keys(), embeddings.values()
         if self._leaf is not None:
             values = values.detach()
-        by_field = values.view(-1, len(keys), self.dim).transpose(0, 1)  # [F, B, D], in the order of the keys
-        centred = by_field - by_field.mean(dim=1, keepdim=True)
-        covariance = centred.transpose(1, 2) @ centred / values.shape[0]
+        # [F, B, D], in the order of the keys.
+        centred = _Centred.apply(values).view(-1, len(keys), self.dim).transpose(0, 1)
+        covariance = _Covariance.apply(centred)
         there = torch.tensor([self.fields.index(key) for key in keys], device=values.device)
         mixed = self._mixed(covariance[there.argsort()])[there]
         seen = (centred @ mixed.transpose(1, 2)).transpose(0, 1).reshape(values.shape)
@@ -155,21 +156,32 @@ class Mixture(nn.Module):
         """Adam's step number `number`, from 1, of log α by a gradient [F, N]."""
         first, second = self.moments
         adam(
-            [self.log_alpha], [gradient], [first], [second], [], [torch.tensor(float(number - 1))], amsgrad=False,
-            beta1=_BETAS[0], beta2=_BETAS[1], lr=learning_rate, weight_decay=0.0, eps=1e-8, maximize=False,
+            [self.log_alpha],
+            [gradient],
+            [first],
+            [second],
+            [],
+            [torch.tensor(float(number - 1))],
+            amsgrad=False,
+            beta1=_BETAS[0],
+            beta2=_BETAS[1],
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
         )
 
     def _mixed(self, covariance: Tensor) -> Tensor:
         """M [F, D, D] of the fields, given the covariance of their columns [F, D, D]."""
         mixed = torch.zeros_like(covariance)
-        for share, transform in zip(self._shares().unbind(1), self.transforms, strict=True):
+        for share, transform in zip(self.shares().unbind(1), self.transforms, strict=True):
             width = transform.shape[2]
             variance = (transform @ covariance[:, :width, :width] * transform).sum(dim=2)
             weights = share[:, None] * (variance + _EPSILON).rsqrt()
             mixed = mixed + F.pad(weights[:, :, None] * transform, (0, self.dim - width))
         return self.scale * mixed
 
-    def _shares(self) -> Tensor:
+    def shares(self) -> Tensor:
         """p [F, N]: with noise in training and in search, which draw different ones; without in evaluation."""
         if self._leaf is None and not self.training:
             return self.probabilities()
@@ -177,6 +189,34 @@ class Mixture(nn.Module):
         drawn = np.random.default_rng([self.seed, self.step, int(self._leaf is not None)]).gumbel(size=log_alpha.shape)
         noise = torch.from_numpy(drawn).to(log_alpha)
         return ((log_alpha + noise) / self.temperature).softmax(dim=1)
+
+
+class _Centred(torch.autograd.Function):
+    """Values [B, C] less their means; in one pass backward, where autograd makes four."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values - values.mean(dim=0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient - gradient.mean(dim=0)
+
+
+class _Covariance(torch.autograd.Function):
+    """X [F, B, D], centred -> XᵀX / B [F, D, D], whose gradient takes one batched product; autograd makes it two."""
+
+    @staticmethod
+    def forward(ctx: Any, centred: Tensor) -> Tensor:
+        ctx.save_for_backward(centred)
+        return centred.transpose(1, 2) @ centred / centred.shape[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (centred,) = ctx.saved_tensors
+        return centred @ ((gradient + gradient.transpose(1, 2)) / centred.shape[1])
 
 
 def allocate_autodim(
