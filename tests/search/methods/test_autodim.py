@@ -140,7 +140,9 @@ def budget_cost(kind: str, tables: list[Table], widths: list[int]) -> int:
 def test_what_no_candidate_can_be_is_refused() -> None:
     tables = {"t": Table(100, DIM), "u": Table(10, DIM)}
     even = {name: np.full(3, 1 / 3) for name in tables}
-    with pytest.raises(UserError, match=r"the smallest candidates, 2 columns of every table, cost 220, the budget is 219"):
+    with pytest.raises(
+        UserError, match=r"the smallest candidates, 2 columns of every table, cost 220, the budget is 219"
+    ):
         allocate_autodim(tables, even, Budget(parameters=219), AutodimConfig(widths=[2, 4, 8]))
     with pytest.raises(UserError, match=r"search.autodim.widths: 9 is above model.embedding_dim=8"):
         allocate_autodim(tables, even, Budget(parameters=0.5), AutodimConfig(widths=[2, 4, 9]))
