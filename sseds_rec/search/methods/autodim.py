@@ -52,7 +52,7 @@ class AutodimConfig(BaseModel):
     Attributes:
         widths: the candidates; null for D/16, D/4, D/2, 3D/4 and D, which are the paper's 2, 8, 16, 24 and 32 at D = 32.
         epochs: of the supernet's training.
-        every: training steps for one of α; 10 in the paper.
+        every: training steps for one of α; the paper has 10, and some hundred times as many steps as a small set.
         learning_rate: of α.
         annealing: by how much the temperature falls with every step, from 1 down to .01.
     """
@@ -61,7 +61,7 @@ class AutodimConfig(BaseModel):
 
     widths: list[PositiveInt] | None = Field(None, min_length=2)
     epochs: int = Field(2, ge=1)
-    every: int = Field(10, ge=1)
+    every: int = Field(2, ge=1)
     learning_rate: float = Field(0.01, gt=0)
     annealing: float = Field(5e-5, ge=0)
 
@@ -135,9 +135,8 @@ class Mixture(nn.Module):
         keys, values = embeddings.keys(), embeddings.values()
         if self._leaf is not None:
             values = values.detach()
-        # [F, B, D], in the order of the keys.
-        centred = _Centred.apply(values).view(-1, len(keys), self.dim).transpose(0, 1)
-        covariance = _Covariance.apply(centred)
+        centred: Tensor = _Centred.apply(values, self.dim)  # [F, B, D], in the order of the keys
+        covariance: Tensor = _Covariance.apply(centred)
         there = torch.tensor([self.fields.index(key) for key in keys], device=values.device)
         mixed = self._mixed(covariance[there.argsort()])[there]
         seen = (centred @ mixed.transpose(1, 2)).transpose(0, 1).reshape(values.shape)
@@ -192,16 +191,18 @@ class Mixture(nn.Module):
 
 
 class _Centred(torch.autograd.Function):
-    """Values [B, C] less their means; in one pass backward, where autograd makes four."""
+    """Values [B, F·D] less their means, field by field [F, B, D]: batched products read them twice as fast that way."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return values - values.mean(dim=0)
+    def forward(ctx: Any, values: Tensor, dim: int) -> Tensor:
+        by_field = values.view(len(values), -1, dim).transpose(0, 1)
+        return by_field.contiguous().sub_(by_field.mean(dim=1, keepdim=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient - gradient.mean(dim=0)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        of_values = gradient - gradient.mean(dim=1, keepdim=True)
+        return of_values.transpose(0, 1).reshape(gradient.shape[1], -1), None
 
 
 class _Covariance(torch.autograd.Function):
