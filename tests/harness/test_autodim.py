@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 import sseds_rec as sr
 from sseds_rec.config import load_config
@@ -27,6 +29,7 @@ from sseds_rec.models import build_model
 from sseds_rec.run_directory import RunDirectory
 from sseds_rec.search.methods.autodim import Mixture
 from sseds_rec.training.optimizers import build_optimizer
+from sseds_rec.training.pipelines import train_pipeline
 from tests.ranks import run_ranks
 
 #: 25 steps an epoch, so α moves 25 times.
@@ -141,7 +144,22 @@ def _plain_gradient(model: nn.Module, mixture: Mixture, tables: dict[str, Tensor
     return torch.autograd.grad(F.binary_cross_entropy_with_logits(logits, batch.labels), log_alpha)[0]
 
 
-def _step_of_alpha(rank: int, world_size: int, config: Path, run: Path, optimizer: str) -> tuple[Tensor, Tensor, int]:
+def _whole(table: Tensor | ShardedTensor, world_size: int) -> Tensor:
+    """All of a table, on every rank."""
+    if not isinstance(table, ShardedTensor):
+        return table.detach().clone()
+    whole = torch.zeros(table.size())
+    for part in table.local_shards():
+        (row, column), (rows, columns) = part.metadata.shard_offsets, part.metadata.shard_sizes
+        whole[row : row + rows, column : column + columns] = part.tensor
+    if world_size > 1:
+        torch.distributed.all_reduce(whole)
+    return whole
+
+
+def _step_of_alpha(
+    rank: int, world_size: int, config: Path, run: Path, optimizer: str, overlap: bool
+) -> tuple[Tensor, Tensor, int]:
     """The gradient in log α, that of plain PyTorch, and the rows; nothing else may change."""
     place = Runtime(rank, world_size, torch.device("cpu"))
     overrides = [f"train.table_optimizer={optimizer}", "model.dropout=0"]
@@ -157,11 +175,6 @@ def _step_of_alpha(rank: int, world_size: int, config: Path, run: Path, optimize
         sharded, mixture, pipeline.loader("validation"), pipeline.config.search.autodim, pipeline.runtime
     )
     sharded.train()
-    for batch in [next(iter(pipeline.loader("train")))] * 2:  # optimizers have states, parameters gradients
-        sgd.zero_grad()
-        sharded(batch)[0].backward()
-        sgd.step()
-    architect.start(7)
 
     def state() -> dict[str, Tensor]:
         named = {**sharded.state_dict(), **{f"{n}.grad": p.grad for n, p in sharded.named_parameters()}}
@@ -175,37 +188,31 @@ def _step_of_alpha(rank: int, world_size: int, config: Path, run: Path, optimize
         return {f"{n}.{i}": part.detach().clone() for n, parts in local.items() for i, part in enumerate(parts)}
 
     batch = next(iter(pipeline.loader("validation")))
-    before = state()
-    found = architect.gradient(batch)
-    after = state()
+    with train_pipeline(sharded, sgd, place, overlap) as step:
+        rest = islice(pipeline.loader("train"), 4)
+        for _ in range(2):  # optimizers have states, parameters gradients
+            step(rest)
+        architect.start(7)
+        before = state()
+        found = architect.gradient(batch)
+        after = state()
     assert len(before) > 20 and before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert sharded.training and mixture.training
 
-    tables = {}
-    for name, value in sharded.state_dict().items():
-        if ".embedding_bags." in name:
-            whole = torch.zeros(value.size())
-            parts = value.local_shards() if hasattr(value, "local_shards") else None
-            if parts is None:
-                whole = value.detach().clone()
-            else:
-                for part in parts:
-                    rows, columns = part.metadata.shard_offsets
-                    size = part.metadata.shard_sizes
-                    whole[rows : rows + size[0], columns : columns + size[1]] = part.tensor
-                if world_size > 1:
-                    torch.distributed.all_reduce(whole)
-            tables[name.split(".")[-2]] = whole
+    values = {name.split(".")[-2]: value for name, value in sharded.state_dict().items() if ".embedding_bags." in name}
+    tables = {name: _whole(value, world_size) for name, value in values.items()}
     return found, _plain_gradient(sharded, mixture, tables, batch), len(batch.labels)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "rowwise_adagrad"])
+@pytest.mark.parametrize(
+    ("optimizer", "overlap"), [("adam", False), ("rowwise_adagrad", False), ("rowwise_adagrad", True)]
+)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_gradient_is_that_of_plain_pytorch_and_touches_nothing_else(
-    config: Path, tmp_path: Path, optimizer: str, ranks: int
+    config: Path, tmp_path: Path, optimizer: str, overlap: bool, ranks: int
 ) -> None:
-    answers = run_ranks(ranks, _step_of_alpha, config, tmp_path, optimizer)
+    answers = run_ranks(ranks, _step_of_alpha, config, tmp_path, optimizer, overlap)
     expected = sum(plain * rows for _, plain, rows in answers) / sum(rows for *_, rows in answers)
     for found, *_ in answers:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)

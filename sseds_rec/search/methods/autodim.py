@@ -51,7 +51,7 @@ class AutodimConfig(BaseModel):
 
     Attributes:
         widths: the candidates; null for D/16, D/4, D/2, 3D/4 and D, which are the paper's 2, 8, 16, 24 and 32 at D = 32.
-        epochs: of the supernet's training.
+        epochs: of the supernet's training; there is no early stopping.
         every: training steps for one of α; the paper has 10, and some hundred times as many steps as a small set.
         learning_rate: of α.
         annealing: by how much the temperature falls with every step, from 1 down to .01.
@@ -60,7 +60,7 @@ class AutodimConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     widths: list[PositiveInt] | None = Field(None, min_length=2)
-    epochs: int = Field(2, ge=1)
+    epochs: int = Field(6, ge=1)
     every: int = Field(2, ge=1)
     learning_rate: float = Field(0.01, gt=0)
     annealing: float = Field(5e-5, ge=0)
