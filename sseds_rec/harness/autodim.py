@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -43,8 +44,13 @@ class Autodim(FromScratch):
         return self._found(plan, learned["seconds"] + time.monotonic() - begun, learned["updates"])
 
     def allocate(self, tables: dict[str, Table]) -> DimensionPlan:
-        with open_file(self.run.path("search", "learned", "probabilities.npz")) as file, np.load(file) as stored:
-            return allocate_autodim(tables, dict(stored), self.budget, self.config.search.autodim)
+        path = self.run.path("search", "learned", "probabilities.npz")
+        try:
+            with open_file(path) as file, np.load(file) as stored:
+                probabilities = {name: stored[name] for name in tables}
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise UserError(f"{path}: cannot be read ({error}); remove {path.parent} and search again") from None
+        return allocate_autodim(tables, probabilities, self.budget, self.config.search.autodim)
 
     def _check_search(self) -> None:
         super()._check_search()
