@@ -21,6 +21,7 @@ from sseds_rec.models.ticket import Dense, Tables
 from sseds_rec.search.allocate import Order, allocate
 from sseds_rec.search.budget import Budget
 from sseds_rec.search.criteria import CRITERIA
+from sseds_rec.search.methods.autodim import AutodimConfig
 from sseds_rec.search.methods.mde import MdeConfig
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.rules import TableRule
@@ -28,7 +29,7 @@ from sseds_rec.search.scores import DimensionScores
 from sseds_rec.slim.alignment import Init
 from sseds_rec.training.config import TrainConfig
 
-Method = Literal["sseds", "uniform", "mde", "drop_fields"]
+Method = Literal["sseds", "uniform", "mde", "autodim", "drop_fields"]
 
 
 class _Section(BaseModel):
@@ -53,6 +54,7 @@ class SearchConfig(_Section):
         multiple, min_dim, exponent, order, floor_share, tables: see `sseds_rec.allocate`.
         drop_fields: of the method of that name: fields whose tables are dropped, the others keep all columns.
         mde: see `MdeConfig`.
+        autodim: see `AutodimConfig`.
     """
 
     method: Method = "sseds"
@@ -71,6 +73,7 @@ class SearchConfig(_Section):
     tables: dict[str, TableRule] = {}
     drop_fields: list[str] = []
     mde: MdeConfig = MdeConfig()
+    autodim: AutodimConfig = AutodimConfig()
 
     @field_validator("criterion")
     @classmethod
