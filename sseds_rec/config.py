@@ -19,14 +19,16 @@ from sseds_rec.models.ticket import Dense, Tables
 from sseds_rec.search.allocate import Order, allocate
 from sseds_rec.search.budget import Budget
 from sseds_rec.search.criteria import CRITERIA
+from sseds_rec.search.methods.deeplight import DeepLightConfig
 from sseds_rec.search.methods.mde import MdeConfig
+from sseds_rec.search.methods.pep import PepConfig
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.rules import TableRule
 from sseds_rec.search.scores import DimensionScores
 from sseds_rec.slim.alignment import Init
 from sseds_rec.training.config import TrainConfig
 
-Method = Literal["sseds", "uniform", "mde", "drop_fields"]
+Method = Literal["sseds", "uniform", "mde", "drop_fields", "pep", "deeplight"]
 
 
 class _Section(BaseModel):
@@ -49,6 +51,8 @@ class SearchConfig(_Section):
         multiple, min_dim, exponent, order, floor_share, tables: see `sseds_rec.allocate`.
         drop_fields: of the method of that name: fields whose tables are dropped, the others keep all columns.
         mde: see `MdeConfig`.
+        pep: see `PepConfig`.
+        deeplight: see `DeepLightConfig`.
     """
 
     method: Method = "sseds"
@@ -66,6 +70,8 @@ class SearchConfig(_Section):
     tables: dict[str, TableRule] = {}
     drop_fields: list[str] = []
     mde: MdeConfig = MdeConfig()
+    pep: PepConfig = PepConfig()
+    deeplight: DeepLightConfig = DeepLightConfig()
 
     @field_validator("criterion")
     @classmethod
