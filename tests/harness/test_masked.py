@@ -72,6 +72,11 @@ def _tables(checkpoint: Path) -> dict[str, Tensor]:
     return {name.split(".")[-2]: value for name, value in state.items()}
 
 
+def _validations(folder: Path) -> list[str]:
+    lines = (folder / "retrain/history.jsonl").read_text().splitlines()
+    return [line for line in lines if '"kind": "eval"' in line]
+
+
 def _nonzeros(tables: dict[str, Tensor]) -> int:
     return sum(int((table != 0).sum()) for table in tables.values())
 
@@ -92,7 +97,7 @@ def runs(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
 def test_what_is_masked_stays_zero_and_the_rest_is_counted_in_the_tensors(
     name: str, runs: dict[str, tuple[Path, Config]]
 ) -> None:
-    folder, config = runs[name]
+    folder, _ = runs[name]
     searched, retrained = _tables(folder / "search/checkpoint"), _tables(folder / "retrain/checkpoint")
     total = sum(table.numel() for table in searched.values())
     left = _nonzeros(searched)
@@ -163,7 +168,9 @@ def test_deeplight_retrains_from_what_it_pruned(runs: dict[str, tuple[Path, Conf
     own = tmp_path / "start"
     shutil.copytree(folder, own)
     shutil.rmtree(own / "retrain")
-    metrics = _do(own, config.model_copy(update={"retrain": config.retrain.model_copy(update={"epochs": 0})}), "retrain")
+    metrics = _do(
+        own, config.model_copy(update={"retrain": config.retrain.model_copy(update={"epochs": 0})}), "retrain"
+    )
     assert metrics["retrain"]["auc"] == metrics["slim"]["auc"]
 
 
@@ -238,7 +245,8 @@ def test_a_killed_search_goes_on_to_the_same_end(
 def test_two_ranks_prune_exactly_and_one_retrains_what_they_left(
     overrides: list[str], config: Path, tmp_path: Path
 ) -> None:
-    own, run = load_config(config, [*overrides, *ADAGRAD, "sharding.type=row_wise"]), tmp_path / "run"
+    settings = [*overrides, *ADAGRAD, "sharding.type=row_wise", "model.dropout=0"]
+    own, run = load_config(config, settings), tmp_path / "run"
     run_ranks(2, _stages, run, own, ["pretrain", "search", "slim"] if overrides is DEEPLIGHT else ["search", "slim"])
     searched = _tables(run / "search/checkpoint")
     left, limit = _nonzeros(searched), sum(table.numel() for table in searched.values()) // 4
@@ -253,8 +261,11 @@ def test_two_ranks_prune_exactly_and_one_retrains_what_they_left(
     two, one = _tables(run / "retrain/checkpoint"), _tables(copy / "retrain/checkpoint")
     for table, values in searched.items():
         assert torch.equal(two[table] != 0, values != 0) and torch.equal(one[table] != 0, values != 0)
-    aucs = [json.loads((folder / "retrain/metrics.json").read_text())["auc"] for folder in (run, copy)]
-    assert aucs[0] == pytest.approx(aucs[1], abs=0.02)  # dropout differs
+    starts = [json.loads(_validations(folder)[0]) for folder in (run, copy)]
+    assert [start["step"] for start in starts] == [0, 0]
+    assert starts[0]["auc"] == pytest.approx(
+        starts[1]["auc"], abs=1e-6
+    )  # later ones differ: ranks shuffle their own rows
 
 
 @pytest.mark.parametrize("method", ["pep", "deeplight"])

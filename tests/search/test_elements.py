@@ -118,13 +118,12 @@ def _trained(rank: int, world_size: int, kinds: tuple[str, ...], optimizer: str)
     dense = torch.optim.Adam(parameters, lr=0.1) if "data_parallel" in kinds else torch.optim.SGD(parameters, lr=0.1)
     batch = make_batch(Case(), 20 * rank, 20 * rank + 20)
     came_back = 0
-    for step in range(4):
+    for _ in range(4):
         dense.zero_grad()
         model(batch)[0].backward()
         dense.step()
         came_back += sum(
-            int(((now != 0) & (then == 0)).sum())
-            for (*_, now), (*_, then) in zip(_pieces(model), before, strict=True)
+            int(((now != 0) & (then == 0)).sum()) for (*_, now), (*_, then) in zip(_pieces(model), before, strict=True)
         )
         mask.apply()
     return before, _pieces(model), came_back
