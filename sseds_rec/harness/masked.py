@@ -92,7 +92,7 @@ class Masked(Pipeline):
         tables = plan_tables(embedding_modules(build_model(self.config.model, self.schema)))
         elements = {**summary(stored), "tables": {name: own.as_dict() for name, own in stored.items()}}
         kept = {name: range(table.dim) for name, table in tables.items()}
-        plan: DimensionPlan = plan_keeping(tables, kept, self.budget, {**search, "elements": elements})
+        plan = plan_keeping(tables, kept, self.budget, {**search, "elements": elements})
         total = sum(table.rows * table.dim for table in tables.values())
         plan.reached["parameters"] = share(elements["nonzeros"], total)
         self.runtime.on_main(lambda: plan.save(self.run.path("search", "plan.json")))
@@ -116,10 +116,10 @@ class Masked(Pipeline):
             )
         for table in table_names(self.schema).values():
             kernels = self.config.sharding.of(table).kernels
-            if not {*kernels} <= {"fused", "fused_uvm"}:
+            if kernels != ["fused"]:
                 raise UserError(
-                    f"sharding.tables.{table}.kernels={kernels}: search.method={method} changes tables in place; use fused "
-                    "or fused_uvm"
+                    f"sharding.tables.{table}.kernels={kernels}: search.method={method} changes tables in place, in "
+                    "their device's memory; use fused"
                 )
 
     def _slim_model(self, plan: DimensionPlan, embedding_l2: float = 0.0) -> CtrModel:

@@ -39,8 +39,8 @@ class Learned(BaseModel):
     Attributes:
         fingerprint: of its settings, but for the budgets.
         budgets: those whose masks are kept, by how few they leave.
-        passed: budget -> when it was; of those that have been. Its weights are in `at_<budget>/`.
-        left: elements above their thresholds at the end, whose weights are in `end/` if a budget has not been reached.
+        passed: budget -> when it was; of those that have been. Its weights are in `at_<budget>/`, for the others those of the
+            last step are in `end/`.
         steps, seconds: of the learning; None while it goes on.
     """
 
@@ -49,7 +49,6 @@ class Learned(BaseModel):
     fingerprint: str
     budgets: list[str]
     passed: dict[str, Passed] = {}
-    left: int | None = None
     steps: int | None = None
     seconds: float | None = None
 
@@ -151,7 +150,6 @@ class Pep(Masked):
             trainer.fit()
         if not passing.over:
             save_weights(folder / "end", sharded, self.runtime)
-        record.left = sharded.module.gate.left(passing.elements)
         record.steps, record.seconds = progress.step, progress.seconds
         passing.save()
         self.runtime.on_main(lambda: shutil.rmtree(trainer.checkpoints.folder, ignore_errors=True))

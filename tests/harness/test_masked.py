@@ -245,11 +245,11 @@ def test_a_killed_search_goes_on_to_the_same_end(
 def test_two_ranks_prune_exactly_and_one_retrains_what_they_left(
     overrides: list[str], config: Path, tmp_path: Path
 ) -> None:
-    settings = [*overrides, *ADAGRAD, "sharding.type=row_wise", "model.dropout=0"]
+    settings = [*overrides, *ADAGRAD, "sharding.type=row_wise", "search.budget.parameters=0.5"]
     own, run = load_config(config, settings), tmp_path / "run"
     run_ranks(2, _stages, run, own, ["pretrain", "search", "slim"] if overrides is DEEPLIGHT else ["search", "slim"])
     searched = _tables(run / "search/checkpoint")
-    left, limit = _nonzeros(searched), sum(table.numel() for table in searched.values()) // 4
+    left, limit = _nonzeros(searched), sum(table.numel() for table in searched.values()) // 2
     assert left == limit if overrides is DEEPLIGHT else 0.6 * limit < left <= limit
     reached = sr.DimensionPlan.load(run / "search/plan.json").reached["parameters"]
     slim = json.loads((run / "slim/metrics.json").read_text())
@@ -276,7 +276,7 @@ def test_two_ranks_prune_exactly_and_one_retrains_what_they_left(
         (["search.budget.bytes=0.1"], "keeps no budget of bytes; set search.budget.parameters"),
         (
             [*ADAGRAD, "sharding.tables.user.kernels=[fused_uvm_caching]"],
-            "sharding.tables.user.kernels=.* changes tables in place; use fused",
+            "sharding.tables.user.kernels=.* changes tables in place, in their device's memory; use fused",
         ),
     ],
 )
