@@ -22,14 +22,16 @@ from sseds_rec.search.allocate import Order, allocate
 from sseds_rec.search.budget import Budget
 from sseds_rec.search.criteria import CRITERIA
 from sseds_rec.search.methods.autodim import AutodimConfig
+from sseds_rec.search.methods.deeplight import DeepLightConfig
 from sseds_rec.search.methods.mde import MdeConfig
+from sseds_rec.search.methods.pep import PepConfig
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.rules import TableRule
 from sseds_rec.search.scores import DimensionScores
 from sseds_rec.slim.alignment import Init
 from sseds_rec.training.config import TrainConfig
 
-Method = Literal["sseds", "uniform", "mde", "autodim", "drop_fields"]
+Method = Literal["sseds", "uniform", "mde", "autodim", "pep", "deeplight", "drop_fields"]
 
 
 class _Section(BaseModel):
@@ -55,6 +57,8 @@ class SearchConfig(_Section):
         drop_fields: of the method of that name: fields whose tables are dropped, the others keep all columns.
         mde: see `MdeConfig`.
         autodim: see `AutodimConfig`.
+        pep: see `PepConfig`.
+        deeplight: see `DeepLightConfig`.
     """
 
     method: Method = "sseds"
@@ -74,6 +78,8 @@ class SearchConfig(_Section):
     drop_fields: list[str] = []
     mde: MdeConfig = MdeConfig()
     autodim: AutodimConfig = AutodimConfig()
+    pep: PepConfig = PepConfig()
+    deeplight: DeepLightConfig = DeepLightConfig()
 
     @field_validator("criterion")
     @classmethod

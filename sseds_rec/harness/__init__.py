@@ -5,6 +5,8 @@ from __future__ import annotations
 from sseds_rec.config import Config
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.harness.autodim import Autodim
+from sseds_rec.harness.deeplight import DeepLight
+from sseds_rec.harness.pep import Pep
 from sseds_rec.harness.scratch import DropFields, Mde, Uniform
 from sseds_rec.pipeline import Pipeline
 from sseds_rec.run_directory import RunDirectory
@@ -15,6 +17,8 @@ PIPELINES: dict[str, type[Pipeline]] = {
     "mde": Mde,
     "autodim": Autodim,
     "drop_fields": DropFields,
+    "pep": Pep,
+    "deeplight": DeepLight,
 }
 
 

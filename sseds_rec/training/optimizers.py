@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -92,12 +92,17 @@ def fuse_table_optimizer(
         apply_optimizer_in_backward(_FUSED[optimizer], fused, {"lr": learning_rate})
 
 
-def build_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
+def build_optimizer(
+    model: DistributedModelParallel,
+    config: TrainConfig,
+    gate: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+) -> CombinedOptimizer:
     """After sharding: the optimizer of the dense parameters and, for data-parallel tables, of those.
 
     Args:
         model: sharded, its tables fused with `config.table_optimizer` unless they are data-parallel.
         config: names both optimizers, their learning rates and options.
+        gate: makes a third one, of the parameters of a search between tables and model (`CtrModel.gate`); they are not clipped.
 
     Returns:
         One optimizer over all parameters, the dense ones first. The fused part's `step` is a no-op: its update happens in
@@ -105,17 +110,18 @@ def build_optimizer(model: DistributedModelParallel, config: TrainConfig) -> Com
     """
     parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
     tables = {name: p for name, p in parameters.items() if ".embedding_bags." in name}
+    apart = {name: p for name, p in parameters.items() if gate and name.startswith("gate.")}
+    others = {name: p for name, p in parameters.items() if name not in {**tables, **apart}}
     kind, options = getattr(torch.optim, config.optimizer), config.optimizer_options
-    dense: KeyedOptimizer = _keyed(
-        {n: p for n, p in parameters.items() if n not in tables}, kind, config.learning_rate, options
-    )
+    dense: KeyedOptimizer = _keyed(others, kind, config.learning_rate, options)
     if config.clip_norm is not None:
         # DDP has averaged the gradients by now, so that every rank finds the same norm.
         dense = GradientClippingOptimizer(dense, GradientClipping.NORM, config.clip_norm)
+    own = [KeyedOptimizerWrapper(apart, gate)] if gate else []
     if not tables:
-        return CombinedOptimizer([dense, model.fused_optimizer])
+        return CombinedOptimizer([dense, *own, model.fused_optimizer])
     kind, options = _DATA_PARALLEL[config.table_optimizer]
-    return CombinedOptimizer([dense, _keyed(tables, kind, config.table_rate, options)])
+    return CombinedOptimizer([dense, *own, _keyed(tables, kind, config.table_rate, options)])
 
 
 class RateSchedule:

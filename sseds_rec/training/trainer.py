@@ -69,7 +69,7 @@ class Trainer:
     ) -> None:
         self.from_trained, self.after_step = from_trained, after_step
         self.model, self.optimizer, self.loaders, self.config, self.runtime = model, optimizer, loaders, config, runtime
-        self.section = "retrain" if folder.name == "retrain" else "train"
+        self.section = "retrain" if folder.name == "retrain" else "train"  # of the config
         self.checkpoints = CheckpointStore(
             folder / "checkpoints", runtime, config.keep_checkpoints, config.async_checkpoints, fingerprint
         )
