@@ -127,6 +127,8 @@ class RetrainConfig(_Section):
         tables: the tables' start: "ticket" for the trained columns that were kept, "random" for new ones, drawn as
             pretraining draws them. Rows keep the raw ids that they were given in either case.
         dense: the other weights' start: "kept" for the pretrained ones where shapes allow, "fresh" for the model's own.
+        restart_below: tables of the ticket whose scale (`search.rescale_batches`) is below this are drawn anew before the first
+            step: the model had learned them by heart, and would go on to. 0 for none.
         epochs: null for that of `train`; 0 trains nothing, so that the stage measures and leaves the start.
         learning_rate, table_learning_rate, warmup_steps, embedding_l2, patience: null for the value of `train`.
     """
@@ -134,6 +136,7 @@ class RetrainConfig(_Section):
     transform: Init = "select"
     tables: Tables = "ticket"
     dense: Dense = "kept"
+    restart_below: float = Field(0.75, ge=0, le=2)
     epochs: int | None = Field(None, ge=0)
     learning_rate: float | None = Field(None, gt=0)
     table_learning_rate: float | None = Field(None, gt=0)
@@ -180,7 +183,7 @@ class Config(_Section):
 
     def retrain_as_train(self) -> TrainConfig:
         """The `train` section with what `retrain` overrides."""
-        own = self.retrain.model_dump(exclude={"transform", "tables", "dense"}, exclude_none=True)
+        own = self.retrain.model_dump(exclude={"transform", "tables", "dense", "restart_below"}, exclude_none=True)
         return self.train.model_copy(update=own)
 
     def save(self, path: Path) -> None:

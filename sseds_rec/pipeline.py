@@ -22,8 +22,8 @@ from sseds_rec.distributed.sharding import shard
 from sseds_rec.export import torchrec_tables
 from sseds_rec.files import write_json
 from sseds_rec.forecast import search_budget, training_workload
-from sseds_rec.models import CtrModel, build_model, build_slim_model, plan_for
-from sseds_rec.models.ticket import load_ticket
+from sseds_rec.models import CtrModel, build_model, build_slim_model, names_in_scores, plan_for, table_names
+from sseds_rec.models.ticket import load_ticket, restart_tables
 from sseds_rec.report.html import write_report
 from sseds_rec.run_directory import RunDirectory, fingerprint
 from sseds_rec.search.audit import Audit, audit_dimensions
@@ -178,9 +178,20 @@ class Pipeline:
         plan, train, own = self._plan(), self.config.retrain_as_train(), self.config.retrain
         model = self._slim_model(plan, train.embedding_l2)
         checkpoint = self.run.path("slim", "checkpoint")
+        anew = self._learned_by_heart(plan) if own.tables == "ticket" else []
         return self._train(
-            "retrain", model, train, lambda sharded: load_ticket(checkpoint, sharded, plan, own.tables, own.dense)
+            "retrain",
+            model,
+            train,
+            lambda sharded: load_ticket(checkpoint, sharded, plan, own.tables, own.dense),
+            before_first=lambda sharded: restart_tables(sharded, plan, anew, self.config.seed),
         )
+
+    def _learned_by_heart(self, plan: DimensionPlan) -> list[str]:
+        """The tables that held-out rows would have much less of."""
+        names, scales = names_in_scores(self.schema), plan.search.get("scales", {})
+        below = self.config.retrain.restart_below
+        return [table for field, table in table_names(self.schema).items() if scales.get(names[field], below) < below]
 
     def report(self) -> None:
         """Writes `report/index.html` from the other stages' artefacts."""
@@ -204,6 +215,7 @@ class Pipeline:
         train: TrainConfig,
         start: Callable[[DistributedModelParallel], None],
         after_step: Callable[[DistributedModelParallel], AfterStep] | None = None,
+        before_first: Callable[[DistributedModelParallel], None] | None = None,
     ) -> dict[str, Any]:
         """Trains, keeps the best step's checkpoint, and measures it on the test split."""
         folder = self.run.path(stage)
@@ -214,7 +226,9 @@ class Pipeline:
         loaders = Loaders(self.loader("train", shuffle=True, drop_last=True), self.loader("validation"))
         marks = fingerprint(self.config, stage)
         between = after_step(sharded) if after_step else None
-        trainer = Trainer(sharded, optimizer, loaders, train, folder, self.runtime, marks, stage == "retrain", between)
+        first = (lambda: before_first(sharded)) if before_first else None
+        retrains = stage == "retrain"
+        trainer = Trainer(sharded, optimizer, loaders, train, folder, self.runtime, marks, retrains, between, first)
         progress = trainer.fit()
         load_weights(trainer.checkpoints.path(progress.best_step), sharded)
         save_weights(folder / "checkpoint", sharded, self.runtime)

@@ -23,8 +23,9 @@ from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.slim.alignment import Init
 from sseds_rec.slim.mass import MassColumns
 
-#: Of all tables, slim ones too. Small, so that the first logits are: TorchRec's own is ±√(1/n), large in tables of few rows.
-_START = partial(nn.init.normal_, std=0.01)
+#: All tables, slim ones too, start normal with this standard deviation: small, so that the first logits are. TorchRec's own
+#: start is ±√(1/n), large in tables of few rows.
+TABLE_STD = 0.01
 
 
 class CtrModel(nn.Module):
@@ -52,7 +53,7 @@ class CtrModel(nn.Module):
         masses: MassColumns | None = None,
     ) -> None:
         super().__init__()
-        tables = [replace(table, init_fn=_START) for table in tables]
+        tables = [replace(table, init_fn=partial(nn.init.normal_, std=TABLE_STD)) for table in tables]
         plain = [table for table in tables if table.feature_names[0] not in raw]
         managed = [table for table in tables if table.feature_names[0] in raw]
         self.raw = [table.feature_names[0] for table in managed]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -13,7 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from sseds_rec.distributed.checkpoint import load_checkpoint, stored_shapes
 from sseds_rec.errors import UserError
-from sseds_rec.models.ctr import CtrModel
+from sseds_rec.models.ctr import TABLE_STD, CtrModel
 from sseds_rec.models.registry import OverArch
 from sseds_rec.search.plan import DimensionPlan
 
@@ -86,6 +88,29 @@ def start_anew(model: DistributedModelParallel, plan: DimensionPlan) -> None:
     for name, value in state.items():
         if _TABLE in name:
             _clear_padding(value, plan.tables[name.split(".")[-2]].embedding_dim)
+    model.load_state_dict(state)
+
+
+def restart_tables(model: DistributedModelParallel, plan: DimensionPlan, tables: Collection[str], seed: int) -> None:
+    """Draws some tables of a sharded slim model anew, as pretraining does; the others stay.
+
+    Args:
+        model: see `load_ticket`.
+        plan: see `load_ticket`.
+        tables: their names.
+        seed: of the draw; data-parallel copies are the same on all ranks.
+    """
+    state = model.state_dict()
+    for number, (name, value) in enumerate(state.items()):
+        table = name.split(".")[-2]
+        if _TABLE not in name or table not in tables:
+            continue
+        sharded = isinstance(value, ShardedTensor)
+        shards = [(s.tensor, s.metadata.shard_offsets) for s in value.local_shards()] if sharded else [(value, [0, 0])]
+        for part, offsets in shards:
+            mixed = int(np.random.SeedSequence([seed, number, *offsets]).generate_state(1)[0])
+            part.normal_(std=TABLE_STD, generator=torch.Generator(part.device).manual_seed(mixed))
+        _clear_padding(value, plan.tables[table].embedding_dim)
     model.load_state_dict(state)
 
 

@@ -53,6 +53,7 @@ class Trainer:
         from_trained: whether the model may be a trained one already: then it is measured before the first step too, and is
             the best one until an epoch is better. Of no epochs, it is what is left.
         after_step: called on all ranks after every step, for searches that go on between steps of training.
+        before_first: called on all ranks before the first step, when a trained model has been measured as it is.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Trainer:
         fingerprint: str = "",
         from_trained: bool = False,
         after_step: AfterStep | None = None,
+        before_first: Callable[[], None] | None = None,
     ) -> None:
-        self.from_trained, self.after_step = from_trained, after_step
+        self.from_trained, self.after_step, self.before_first = from_trained, after_step, before_first
         self.model, self.optimizer, self.loaders, self.config, self.runtime = model, optimizer, loaders, config, runtime
         self.section = "retrain" if folder.name == "retrain" else "train"  # of the config
         self.checkpoints = CheckpointStore(
@@ -95,6 +97,8 @@ class Trainer:
         with preemption(self.runtime) as requested:
             if self.from_trained and not self.progress.step and self.progress.best_step < 0:
                 self._validate(epochs=0)
+            if self.before_first is not None and not self.progress.step and self.config.epochs:
+                self.before_first()
             over = False
             while (
                 not over
