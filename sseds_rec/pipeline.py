@@ -184,7 +184,7 @@ class Pipeline:
             model,
             train,
             lambda sharded: load_ticket(checkpoint, sharded, plan, own.tables, own.dense),
-            before_first=lambda sharded: restart_tables(sharded, plan, anew, self.config.seed),
+            before_first=(lambda sharded: restart_tables(sharded, plan, anew, self.config.seed)) if anew else None,
         )
 
     def _learned_by_heart(self, plan: DimensionPlan) -> list[str]:

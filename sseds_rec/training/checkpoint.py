@@ -35,6 +35,7 @@ class Progress(BaseModel):
         epoch: current epoch, from 0.
         loader: position in the epoch, as the loader's `state_dict` gives it.
         best_auc: best validation AUC so far, at `best_step`.
+        peak_auc: best validation AUC of the training under way: what tables that were drawn anew are measured against.
         bad_epochs: epochs since then.
         reductions: how often the learning rates have been reduced.
         seconds: spent training and validating, over all sessions.
@@ -49,6 +50,7 @@ class Progress(BaseModel):
     loader: dict[str, Any] = {}
     best_auc: float = -1.0
     best_step: int = -1
+    peak_auc: float = -1.0
     bad_epochs: int = 0
     reductions: int = 0
     seconds: float = 0.0

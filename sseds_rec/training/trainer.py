@@ -53,7 +53,8 @@ class Trainer:
         from_trained: whether the model may be a trained one already: then it is measured before the first step too, and is
             the best one until an epoch is better. Of no epochs, it is what is left.
         after_step: called on all ranks after every step, for searches that go on between steps of training.
-        before_first: called on all ranks before the first step, when a trained model has been measured as it is.
+        before_first: changes a trained model, on all ranks, before the first step and after it has been measured as it is. That
+            stays the one to beat, but to stop early the training after it is held against itself.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Trainer:
                 self._validate(epochs=0)
             if self.before_first is not None and not self.progress.step and self.config.epochs:
                 self.before_first()
+                self.progress.peak_auc, self.progress.bad_epochs = -1.0, 0
             over = False
             while (
                 not over
@@ -190,13 +192,13 @@ class Trainer:
         progress.seconds += time.monotonic() - begun
         progress.epoch += epochs
         progress.loader = {}
-        better = metrics.auc > progress.best_auc
+        better, rises = metrics.auc > progress.best_auc, metrics.auc > progress.peak_auc
         if better:
-            progress.best_auc, progress.best_step, progress.bad_epochs = metrics.auc, progress.step, 0
-        else:
-            progress.bad_epochs += 1
+            progress.best_auc, progress.best_step = metrics.auc, progress.step
+        progress.peak_auc = max(progress.peak_auc, metrics.auc)
+        progress.bad_epochs = 0 if rises else progress.bad_epochs + 1
         every = self.config.reduce_patience
-        reduced = every is not None and not better and progress.bad_epochs % every == 0
+        reduced = every is not None and not rises and progress.bad_epochs % every == 0
         progress.reductions += reduced
         pace = f"  {progress.samples / progress.train_seconds:,.0f} samples/s" if progress.samples else ""
         self.reporter.line(
