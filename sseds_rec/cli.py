@@ -302,8 +302,9 @@ def _run_stage(stage: Stage, config: Config, run_dir: Path | None, rerun: bool, 
 def _run_stages(
     verb: str, config: Config, run_dir: Path | None, stages: tuple[Stage, ...], rerun_from: str | None, as_json: bool
 ) -> None:
-    first = STAGES.index(stages[0])
-    needs = STAGES[first - 1] if first else None
+    from sseds_rec.harness import PIPELINES
+
+    needs = PIPELINES[config.search.method].needs.get(stages[0])
     with _pipeline(config, run_dir, rerun_from, verb, needs) as (pipeline, main):
         folder = pipeline.run.folder
         # One rank looks: others may see a shared folder as it was.
@@ -321,7 +322,7 @@ def _run_stages(
             flag = "--rerun-from STAGE" if verb == "run" else "--rerun"
             console.print(f"{folder}: {', '.join(stages)} already done, nothing to do ({flag} does it again)")
         metrics = read_json(pipeline.run.path("metrics.json"))
-        if verb in ("run", "retrain"):
+        if verb in ("run", "retrain") and "pretrain" in metrics:  # some methods can do without
             print_comparison(metrics["pretrain"], metrics["retrain"])
         if pipeline.run.done("report"):
             console.print(f"report: {pipeline.run.path('report', 'index.html')}")

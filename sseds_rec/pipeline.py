@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -35,7 +36,7 @@ from sseds_rec.search.scores import DimensionScores, save_arrays
 from sseds_rec.search.stability import expected_overlap, standard_errors
 from sseds_rec.slim.alignment import Init
 from sseds_rec.slim.checkpoint import slim_checkpoint
-from sseds_rec.stages import Stage
+from sseds_rec.stages import STAGES, Stage
 from sseds_rec.training.checkpoint import load_weights, save_weights
 from sseds_rec.training.compute import prepare_dense
 from sseds_rec.training.config import TrainConfig
@@ -60,6 +61,9 @@ class Pipeline:
         UserError: the data is missing or damaged, the batch size does not divide by the ranks, or settings exclude each
             other.
     """
+
+    #: Stage -> the one that must have finished before it.
+    needs: ClassVar[Mapping[Stage, Stage]] = dict(pairwise(reversed(STAGES)))
 
     def __init__(self, config: Config, run: RunDirectory, runtime: Runtime) -> None:
         self.config, self.run, self.runtime = config, run, runtime

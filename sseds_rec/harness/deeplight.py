@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sseds_rec.harness.masked import Masked
 from sseds_rec.models import build_model
@@ -11,20 +12,23 @@ from sseds_rec.run_directory import fingerprint
 from sseds_rec.search.elements import Elements
 from sseds_rec.search.methods.deeplight import Pruning
 from sseds_rec.search.scores import Table
+from sseds_rec.stages import Stage
 from sseds_rec.training.checkpoint import load_weights
 from sseds_rec.training.optimizers import build_optimizer
 from sseds_rec.training.trainer import Loaders, Trainer
 
 
 class DeepLight(Masked):
-    """Trains the pretrained model on, and prunes it on the way; `retrain` goes on from there with the mask fixed."""
+    """Trains the pretrained model on, at the rates of `retrain`, and prunes it; `retrain` goes on with the mask fixed."""
+
+    needs: ClassVar[Mapping[Stage, Stage]] = {**Masked.needs, "search": "pretrain"}
 
     def search(self) -> dict[str, Any]:
         """Leaves `search/checkpoint`, `search/history.jsonl` and `search/plan.json`."""
         self.run.require("search", "pretrain")
         self._seed()
         config = self.config.search.deeplight
-        train = self._search_train(config.epochs)
+        train = self._until_the_end(self.config.retrain_as_train(), config.epochs)
         sharded = self._shard(build_model(self.config.model, self.schema, train.embedding_l2), train)
         load_weights(self.run.path("pretrain", "checkpoint"), sharded)
         loaders = Loaders(self.loader("train", shuffle=True, drop_last=True), self.loader("validation"))

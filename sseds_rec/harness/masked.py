@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -19,6 +20,7 @@ from sseds_rec.search.elements import Elements, Mask, summary
 from sseds_rec.search.keeping import plan_keeping, share
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.tap import plan_tables
+from sseds_rec.stages import Stage
 from sseds_rec.training.checkpoint import load_weights, save_weights
 from sseds_rec.training.config import TrainConfig
 from sseds_rec.training.trainer import AfterStep
@@ -34,6 +36,8 @@ class Masked(Pipeline):
         UserError: see `Pipeline`; or the budget is not one of parameters, a field has raw ids, which change their rows, or a
             table is not in its device's memory.
     """
+
+    needs: ClassVar[Mapping[Stage, Stage]] = {"slim": "search", "retrain": "search", "report": "retrain"}
 
     def _start(self) -> Path:
         """The checkpoint whose weights, but for what is masked, `retrain` starts from."""
@@ -75,9 +79,9 @@ class Masked(Pipeline):
     def _masks(self) -> Path:
         return self.run.path("search", "checkpoint")
 
-    def _search_train(self, epochs: int) -> TrainConfig:
-        """The `train` section for a search that ends by its own rule."""
-        return self.config.train.model_copy(update={"epochs": epochs, "patience": epochs, "reduce_patience": None})
+    def _until_the_end(self, train: TrainConfig, epochs: int) -> TrainConfig:
+        """A training section for a search, which stops early by its own rule only."""
+        return train.model_copy(update={"epochs": epochs, "patience": epochs, "reduce_patience": None})
 
     def _found(self, sharded: DistributedModelParallel, seconds: float, search: dict[str, Any]) -> dict[str, Any]:
         """Writes down a search whose tables are pruned now.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from sseds_rec.distributed.tables import embedding_modules
 from sseds_rec.errors import UserError
@@ -20,6 +21,7 @@ from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.scores import Table
 from sseds_rec.search.tap import plan_tables
 from sseds_rec.slim.alignment import Init
+from sseds_rec.stages import Stage
 
 
 class FromScratch(Pipeline):
@@ -28,6 +30,8 @@ class FromScratch(Pipeline):
     Raises:
         UserError: see `Pipeline`; or the budget is that of a cluster, which only an allocation from scores can keep.
     """
+
+    needs: ClassVar[Mapping[Stage, Stage]] = {"slim": "search", "retrain": "search", "report": "retrain"}
 
     def allocate(self, tables: dict[str, Table]) -> DimensionPlan:
         """The plan for the budget; called on one rank."""

@@ -95,3 +95,13 @@ def test_traffic_counts_the_rows_that_would_share_it(prepared: Path, config: Pat
     found = sharing_evenly(open_dataset(load_config(config).data))
     assert found["hour"] == pytest.approx(float(hours.sum()) ** 2 / float((hours**2).sum()))
     assert found["hour"] < hours.len() <= 24 < found["user"] < 60
+
+
+def test_verbs_alone_do_without_what_the_method_does_not_need(sseds: Sseds, config: Path, tmp_path: Path) -> None:
+    for verb in ("search", "retrain"):
+        done = sseds(verb, config, "search.method=uniform", *SHORT, "--run-dir", tmp_path / "run")
+        assert done.code == 0, done.err
+        assert (tmp_path / "run" / verb / "metrics.json").exists()
+    assert not (tmp_path / "run" / "pretrain").exists()
+    refused = sseds("search", config, "search.method=deeplight", "--run-dir", tmp_path / "other")
+    assert refused.code == 2 and "needs the pretrain stage" in refused.err
