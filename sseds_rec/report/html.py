@@ -155,6 +155,12 @@ def _notes(run: Run) -> list[str]:
     stored = sum(table.rows * (table.stored_dim - table.dim) for table in run.tables)
     if stored:
         notes.append(f"The kernels pad widths: {count(stored)} stored parameters beyond the searched ones.")
+    if elements := run.plan.get("search", {}).get("elements"):
+        dense, sparse = (show_size(elements[key]) for key in ("dense_bytes", "csr_bytes"))
+        notes.append(
+            f"Single elements are pruned, {count(elements['nonzeros'])} are left. Tables are stored as they were, in {dense}; as "
+            f"compressed sparse rows they would take {sparse}."
+        )
     searched = sum(table.parameters_before for table in run.tables)
     counted = number(run.metrics["pretrain"].get("embedding_parameters"))
     if not math.isnan(counted) and counted != searched:

@@ -15,11 +15,13 @@ from torch import Tensor
 import sseds_rec as sr
 from sseds_rec.config import Config, load_config
 from sseds_rec.data.table import prepare_table
+from sseds_rec.distributed.hardware import show_size
 from sseds_rec.distributed.runtime import Runtime, runtime
 from sseds_rec.harness import pipeline_for
 from sseds_rec.harness.masked import Masked
 from sseds_rec.harness.pep import Passing
 from sseds_rec.models import build_model
+from sseds_rec.report.html import write_report
 from sseds_rec.run_directory import RunDirectory
 from sseds_rec.search.methods.deeplight import Pruning
 from sseds_rec.training.trainer import Trainer
@@ -303,3 +305,12 @@ def test_pep_refuses_fields_of_several_ids(click_log: Path, config: Path, tmp_pa
 def test_budgets_on_the_way_are_checked_with_the_config(config: Path) -> None:
     with pytest.raises(sr.UserError, match="search.pep.budgets"):
         load_config(config, ["search.pep.budgets=[0.1, -3]"])
+
+
+def test_its_report_says_what_is_really_stored(runs: dict[str, tuple[Path, Config]]) -> None:
+    folder, _ = next(run for name, run in runs.items() if "deeplight" in name)
+    elements = json.loads((folder / "search/plan.json").read_text())["search"]["elements"]
+    page = " ".join(write_report(folder).read_text().split())
+    dense, sparse = (show_size(elements[key]) for key in ("dense_bytes", "csr_bytes"))
+    assert f"Single elements are pruned, {elements['nonzeros']:,} are left." in page
+    assert f"in {dense}; as compressed sparse rows they would take {sparse}" in page
