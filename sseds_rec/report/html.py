@@ -5,15 +5,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from sseds_rec.constants import STABLE
 from sseds_rec.distributed.hardware import show_size
-from sseds_rec.files import write_atomic
 from sseds_rec.report.artefacts import BYTES_PER_PARAMETER, MIB, Run, read_run
 from sseds_rec.report.blocks import placement_block, quality_block, search_blocks, training_blocks
 from sseds_rec.report.numbers import count, number, percent, text
 from sseds_rec.report.placement import read_placements
+from sseds_rec.report.templates import render_template, write_page
 
 _WORDS = {0.5: "Half", 0.25: "A quarter", 0.2: "A fifth", 0.1: "A tenth", 0.05: "A twentieth", 0.01: "A hundredth"}
 
@@ -24,22 +22,14 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: an artefact of the run is missing or cannot be read; names the file. Nothing is written then.
     """
-    page = render(read_run(run_dir)).encode("utf-8", errors="replace")  # a path may hold what UTF-8 cannot
-    return write_atomic(run_dir / "report" / "index.html", lambda path: path.write_bytes(page))
+    return write_page(run_dir / "report" / "index.html", render(read_run(run_dir)))
 
 
 def render(run: Run) -> str:
     """The page as HTML text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(count=count, percent=percent)
     placements = read_placements(run)
-    return environment.get_template("report.html.j2").render(
+    return render_template(
+        "report.html.j2",
         name=str(run.config.get("name", run.directory.name)),
         headline=_headline(run),
         summary=_summary(run),

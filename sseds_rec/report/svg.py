@@ -32,6 +32,10 @@ COLORS = {
     "dropped": "#98a2ae",
     "base": "#0072b2",
     "slim": "#d55e00",
+    "green": "#009e73",
+    "purple": "#aa4499",
+    "amber": "#b37d00",
+    "surface": "#ffffff",
 }
 
 WIDTH = 3.9  # inches; 281 pt, so that 8 pt text is still above 9 px on a phone
