@@ -1,4 +1,4 @@
-"""Progressive validation over windows: both models predict the next one, then train on it."""
+"""Progressive validation over windows: both models predict the next one, then train on it; between the two, a new search."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sseds_rec.pipeline import Pipeline, parameter_counts
 from sseds_rec.run_directory import RunDirectory, fingerprint
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.training.checkpoint import load_weights
-from sseds_rec.training.metrics import evaluate
+from sseds_rec.training.metrics import Metrics, evaluate
 from sseds_rec.training.optimizers import build_optimizer
 from sseds_rec.training.pipelines import train_pipeline
 from sseds_rec.training.trainer import average_batch_norm
@@ -104,15 +104,17 @@ class Online(Pipeline):
                 store.restore(learner)
         assert store.last is not None
         for number in range(store.last + 1, len(self.windows)):
-            begun = time.monotonic()
-            searched = self._is_due(number)
-            if searched:
-                plan, slim = self._search_again(number, base, slim, plan)
-            seconds = time.monotonic() - begun
             self._look_at(self.windows[number])
+            predicted = self._predict(base), self._predict(slim)
+            seconds, searched = 0.0, self._is_due(number)
+            if searched:
+                begun = time.monotonic()
+                plan, slim = self._search_again(number, base, slim, plan)
+                seconds = time.monotonic() - begun
+            spent = self._learn(base, number), self._learn(slim, number) + seconds
             pair = (
-                self._predict_and_learn(base, number, None),
-                self._predict_and_learn(slim, number, plan, seconds, searched),
+                self._record(base, number, predicted[0], spent[0], None),
+                self._record(slim, number, predicted[1], spent[1], plan, searched),
             )
             records += pair
             store.save(number, (base, slim), plan, records)
@@ -125,18 +127,17 @@ class Online(Pipeline):
         self.runtime.on_main(lambda: write_records(self.folder, records))
 
     def _is_due(self, number: int) -> bool:
-        """Whether there is a search before this window."""
-        every, since = self.config.online.research_every, number - self.config.online.warm_up
-        return every is not None and since > 0 and since % every == 0
+        """Whether there is a search once this window has been predicted."""
+        every = self.config.online.research_every
+        return every is not None and (number + 1 - self.config.online.warm_up) % every == 0
 
     def _search_again(
         self, number: int, base: Learner, slim: Learner, plan: DimensionPlan
     ) -> tuple[DimensionPlan, Learner]:
-        """A new plan, of the present base model on rows of the window before, and the slim model carried over to it."""
+        """A new plan, of the present base model on rows that it has not trained on, and the slim model carried over to it."""
         self._seed()
-        self._look_at(self.windows[number - 1])
         scores = self.score(base.model)
-        scores.search |= {"seed": self.config.seed, "window": self.windows[number - 1].name}
+        scores.search |= {"seed": self.config.seed, "window": self.windows[number].name}
         found = self._with_names(self.runtime.from_main(lambda: self.config.search.allocate(scores, self.budget)))
         new = self._learner("slim", self._slim(found))
         trained = self.config.online.returning == "base"
@@ -144,28 +145,15 @@ class Online(Pipeline):
         warm_start(new.model, found, slim.model, plan, full, trained)
         return found, new
 
-    def _predict_and_learn(
-        self, learner: Learner, number: int, plan: DimensionPlan | None, seconds: float = 0.0, searched: bool = False
-    ) -> Record:
-        """The record of a window: the model predicts it, and then trains on it."""
+    def _predict(self, learner: Learner) -> tuple[Metrics, float]:
+        """What a model's predictions of the window are worth, and the seconds they took."""
         begun = time.monotonic()
         metrics = evaluate(learner.model, self.loader("test"), self.runtime)
-        self._learn(learner, number)
-        window = self.windows[number]
-        return Record(
-            window=window.name,
-            model=learner.side,
-            rows=metrics.samples,
-            auc=metrics.auc,
-            logloss=metrics.logloss,
-            embedding_parameters_in_use=self._in_use(window, plan),
-            embedding_parameters=parameter_counts(learner.model)["embedding_parameters"],
-            seconds=seconds + time.monotonic() - begun,
-            searched=searched,
-        )
+        return metrics, time.monotonic() - begun
 
-    def _learn(self, learner: Learner, number: int) -> None:
-        """Trains a model on all rows of the window that is looked at."""
+    def _learn(self, learner: Learner, number: int) -> float:
+        """Trains a model on all rows of the window that is looked at; returns the seconds that took."""
+        begun = time.monotonic()
         loader, epochs = self.loader("train", shuffle=True), self.config.online.epochs
         learner.model.train()
         for epoch in range(epochs):
@@ -176,9 +164,33 @@ class Online(Pipeline):
                     train_step(batches)
                     learner.steps += 1
         average_batch_norm(learner.model, self.runtime)
+        return time.monotonic() - begun
+
+    def _record(
+        self,
+        learner: Learner,
+        number: int,
+        predicted: tuple[Metrics, float],
+        seconds: float,
+        plan: DimensionPlan | None,
+        searched: bool = False,
+    ) -> Record:
+        metrics, own_seconds = predicted
+        window = self.windows[number]
+        return Record(
+            window=window.name,
+            model=learner.side,
+            rows=metrics.samples,
+            auc=metrics.auc,
+            logloss=metrics.logloss,
+            embedding_parameters_in_use=self._in_use(window, plan),
+            embedding_parameters=parameter_counts(learner.model)["embedding_parameters"],
+            seconds=own_seconds + seconds,
+            searched=searched,
+        )
 
     def _look_at(self, window: Window) -> None:
-        """Lets the loaders read a window: its rows as known before it are the test split, as known after it the others."""
+        """Lets the loaders read a window: its rows as known before it are the test and validation splits."""
         self.dataset = self.windows.rows(window)
 
     def _in_use(self, window: Window, plan: DimensionPlan | None) -> int:

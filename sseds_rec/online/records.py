@@ -27,7 +27,7 @@ class Record:
         embedding_parameters_in_use: in rows of tables that have an id by the end of the window.
         embedding_parameters: in all rows of the tables, which have room for the ids of the last window.
         seconds: predicting, training and, where there was one, searching.
-        searched: whether the model is of a new plan since this window.
+        searched: whether the model was searched anew between predicting the window and training on it.
     """
 
     window: str

@@ -124,23 +124,26 @@ class Windows(Sequence[Window]):
                 f"online.warm_up={windows}: {self.folder} has {len(self)} windows, and one at least must follow the warm-up"
             )
         first, validation, test = self[: windows - 1], self[windows - 1], self[windows]
-        return WindowRows(self, {"train": first, "validation": [validation], "test": [test]})
+        return WindowRows(self, {"train": first, "validation": [validation], "test": [test]}, ("validation", "test"))
 
     def rows(self, window: Window) -> WindowRows:
-        """A window as a set: its rows as known before it are the test split, and as known after it the others."""
-        return WindowRows(self, {split: [window] for split in SPLITS})
+        """A window as a set: all its rows in every split, in the train split with its new ids, in the others without."""
+        return WindowRows(self, {split: [window] for split in SPLITS}, ("validation", "test"))
 
 
 class WindowRows:
-    """A `Dataset` whose splits are windows, with the tables of the last window. Its train split knows all ids.
+    """A `Dataset` whose splits are windows, with the tables of the last window.
 
     Args:
         windows: all of them.
         parts: the windows of each split.
+        predicted: the splits whose rows are as they were encoded before their window's new ids were given.
     """
 
-    def __init__(self, windows: Windows, parts: dict[SplitName, Sequence[Window]]) -> None:
-        self.path, self._parts = windows.folder, parts
+    def __init__(
+        self, windows: Windows, parts: dict[SplitName, Sequence[Window]], predicted: Sequence[SplitName]
+    ) -> None:
+        self.path, self._parts, self._predicted = windows.folder, parts, predicted
         splits = {
             name: Split(rows=sum(w.rows for w in own), positives=sum(w.positives for w in own), files=[])
             for name, own in parts.items()
@@ -148,7 +151,7 @@ class WindowRows:
         self.schema: Schema = windows.schema.model_copy(update={"splits": splits})
 
     def blocks(self, split: SplitName) -> Blocks:
-        return _Joined([b for window in self._parts[split] for b in window.blocks(split == "test")])
+        return _Joined([b for window in self._parts[split] for b in window.blocks(split in self._predicted)])
 
 
 class _Joined:

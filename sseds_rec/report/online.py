@@ -127,14 +127,14 @@ def curves(
     Args:
         windows: their names, in order.
         values: "base" and "slim" -> a number for each window.
-        searches: the windows before which the slim model was searched anew.
+        searches: the windows after whose prediction the slim model was searched anew.
         label: of the vertical axis.
         is_count: whether it is a number of things, on a log axis, since the two differ by orders of magnitude.
     """
     figure = Figure(figsize=(WIDTH, 2.7))
     axes: Axes = figure.subplots()
     for place in searches:
-        axes.axvline(place - 0.5, color=COLORS["muted"], linewidth=0.8, linestyle=":")
+        axes.axvline(place + 0.5, color=COLORS["muted"], linewidth=0.8, linestyle=":")
     for side, marker, line in _SIDES:
         axes.plot(values[side], line, marker=marker, markersize=2.6, color=COLORS[side], linewidth=1.2, label=side)
     if is_count:
