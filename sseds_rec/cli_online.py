@@ -46,7 +46,6 @@ def online(
         found = place.from_main(lambda: Windows(settings.data.path))
         experiment = Online(settings, found, run, place)
         experiment.begin()
-        run.open(settings, place)
         _warm_up(experiment)
         experiment.follow(_show if place.is_main else lambda base, slim: None)
         page = run.path("report", "online.html")

@@ -77,8 +77,8 @@ def print_windows(metrics: dict[str, Any]) -> None:
         table.add_row(label, f"{base[key]:.4f}", f"{slim[key]:.4f}", f"{slim[key] - base[key]:+.4f}")
     for label, key in (
         ("embedding parameters in use", "embedding_parameters_in_use"),
-        ("embedding parameters", "embedding_parameters"),
-        ("seconds", "seconds"),
+        ("embedding parameters, last window", "embedding_parameters"),
+        ("seconds, all windows", "seconds"),
     ):
         table.add_row(label, f"{base[key]:,.0f}", f"{slim[key]:,.0f}", f"x{slim[key] / base[key]:.3f}")
     console.print(table)

@@ -58,10 +58,10 @@ class Online(Pipeline):
         self.train_config = config.train.model_copy(update=rates)
 
     def begin(self) -> None:
-        """Records the settings of the windows' part, or compares them with those that it began with.
+        """Opens the run directory, and records there the windows and their settings.
 
         Raises:
-            UserError: they differ (names the key), or ids do not grow from window to window.
+            UserError: they differ from those that the run began with (names the key), or ids do not grow from window to window.
         """
         path = self.folder / "settings.json"
         now = {
@@ -70,14 +70,15 @@ class Online(Pipeline):
             "table_rows": self.windows[-1].table_rows,
         }
 
-        def compare() -> None:
-            if not path.exists():
-                self.windows.check_ids()
-            else:
+        def check() -> None:
+            if path.exists():
                 _check_same(self.run, read_json(path), now)
-            write_json(path, now)  # there may be more windows
+            else:
+                self.windows.check_ids()
 
-        self.runtime.on_main(compare)
+        self.runtime.on_main(check)
+        self.run.open(self.config, self.runtime)
+        self.runtime.on_main(lambda: write_json(path, now))
 
     def follow(self, on_window: OnWindow = lambda base, slim: None) -> list[Record]:
         """Predicts and trains window by window, from the last finished one on; leaves `online/windows.csv` and `metrics.json`.

@@ -54,7 +54,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:
-    """Means over windows, each of the same weight, and what the last window leaves."""
+    """Means over windows, each of the same weight; of seconds the sum."""
     sides = {side: [record for record in records if record.model == side] for side in ("base", "slim")}
     return {
         "windows": len(sides["base"]),
@@ -66,7 +66,7 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
                 "auc": fmean(record.auc for record in own),
                 "logloss": fmean(record.logloss for record in own),
                 "seconds": sum(record.seconds for record in own),
-                "embedding_parameters_in_use": own[-1].embedding_parameters_in_use,
+                "embedding_parameters_in_use": fmean(record.embedding_parameters_in_use for record in own),
                 "embedding_parameters": own[-1].embedding_parameters,
             }
             for side, own in sides.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import polars as pl
 import torch
@@ -89,7 +90,13 @@ class Windows(Sequence[Window]):
     def __len__(self) -> int:
         return len(self._windows)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def] # of a Sequence: an int or a slice
+    @overload
+    def __getitem__(self, index: int) -> Window: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Window]: ...
+
+    def __getitem__(self, index: int | slice) -> Window | list[Window]:
         return self._windows[index]
 
     def check_ids(self) -> None:
@@ -99,14 +106,13 @@ class Windows(Sequence[Window]):
             UserError: an id means another value in the window after (names window and field).
         """
         known: dict[str, pl.Series] = {}
-        for window in self._windows:
+        for number, window in enumerate(self):
             for field in window.dataset.schema.fields:
                 if field.vocabulary is None:
                     continue
                 values = load_vocabulary(window.dataset.path, field).table["value"]
-                before = known.get(field.name)
-                if before is not None and not before.equals(values[: len(before)]):
-                    earlier = self._windows[self._windows.index(window) - 1]
+                if number and not known[field.name].equals(values[: len(known[field.name])]):
+                    earlier = self[number - 1]
                     raise UserError(
                         f"{window.dataset.path}: ids of field {field.name!r} are others than in window {earlier.name}; "
                         + _GROW.format(before=earlier.dataset.path)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -24,22 +25,23 @@ def write_online_report(run_dir: Path) -> Path:
     """Writes the page of a run of `sseds online` and returns its path, `run_dir/report/online.html`."""
     records = read_records(run_dir / "online" / "windows.csv")
     environment: dict[str, Any] = read_json(run_dir / "environment.json")
-    return write_page(run_dir / "report" / "online.html", render(run_dir, records, environment))
+    config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    return write_page(run_dir / "report" / "online.html", render(records, config_text, environment))
 
 
-def render(run_dir: Path, records: Sequence[Record], environment: Mapping[str, Any]) -> str:
+def render(records: Sequence[Record], config_text: str, environment: Mapping[str, Any]) -> str:
     """The page as HTML text."""
     found = summary(records)
     pairs = list(zip(records[::2], records[1::2], strict=True))
     return render_template(
         "online.html.j2",
-        name=run_dir.name,
+        name=str(yaml.safe_load(config_text)["name"]),
         headline=_headline(found),
         sentences=_sentences(found, pairs),
         results=_results(found),
         figures=_figures(records, found),
         pairs=[_row(*pair) for pair in pairs],
-        config_text=(run_dir / "config.yaml").read_text(encoding="utf-8"),
+        config_text=config_text,
         environment=environment,
     )
 
@@ -56,7 +58,7 @@ def _headline(found: dict[str, Any]) -> str:
 
 def _sentences(found: dict[str, Any], pairs: Sequence[tuple[Record, Record]]) -> list[str]:
     searches = len(found["searches"])
-    again = "never again" if not searches else f"{searches} time{'s' * (searches > 1)} again"
+    again = {0: "never searched again", 1: "searched again once"}.get(searches, f"searched again {searches} times")
     return [
         (
             f"{found['windows']:,} windows of {found['rows']:,} rows in all, {pairs[0][0].window} to {pairs[-1][0].window}: "
@@ -64,7 +66,7 @@ def _sentences(found: dict[str, Any], pairs: Sequence[tuple[Record, Record]]) ->
         ),
         (
             f"The slim model has the higher AUC in {found['slim_better_auc']} of the {found['windows']} windows. "
-            f"After the warm-up it was searched {again}."
+            f"After the warm-up it was {again}."
         ),
     ]
 
@@ -76,7 +78,7 @@ def _results(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         for title, key in (("Mean AUC", "auc"), ("Mean logloss", "logloss"))
     ]
     for title, key in (
-        ("Embedding parameters in use at the end", "embedding_parameters_in_use"),
+        ("Embedding parameters in use, mean", "embedding_parameters_in_use"),
         ("Embedding parameters", "embedding_parameters"),
         ("Seconds", "seconds"),
     ):
@@ -106,14 +108,15 @@ def _figures(records: Sequence[Record], found: dict[str, Any]) -> list[FigureBlo
         svg = curves(windows, values, searches, title, key.startswith("embedding"))
         return FigureBlock(key, title, svg, caption, f"{title} by window, first to last; {ends}.")
 
-    lines = " A dotted line is a new search." if searches else ""
+    lines = f" The axis does not start at 0.{' A dotted line is a new search.' * bool(searches)}"
     return [
         block("auc", "AUC of the next window", f"Measured before training on the window; higher is better.{lines}"),
         block("logloss", "Logloss of the next window", f"The same predictions; lower is better.{lines}"),
         block(
             "embedding_parameters_in_use",
             "Embedding parameters in use",
-            "In rows that have an id by the end of the window: tables fill as values appear that were never seen before.",
+            "In rows that have an id by the end of the window: tables fill as values appear that were never seen before "
+            "(log axis).",
         ),
     ]
 
@@ -145,7 +148,7 @@ def curves(
     ticks = np.unique(np.linspace(0, len(windows) - 1, min(_TICKS, len(windows))).round().astype(int))
     axes.set_xticks(ticks, labels=[windows[tick] for tick in ticks])
     axes.set_ylabel(f"{label[0].lower()}{label[1:]}" if not label.startswith("AUC") else label)
-    axes.set_xlabel("window (the vertical axis does not start at 0)")
+    axes.set_xlabel("window")
     axes.grid(True)
     figure.legend(loc="outside upper center", ncols=2)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +16,7 @@ from sseds_rec.data.transforms import FieldSpec
 from sseds_rec.data.windows import prepare_windows
 from sseds_rec.errors import UserError
 from sseds_rec.online.windows import Windows
+from tests.command import Command
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,8 @@ def test_earlier_windows_are_replaced_only_when_asked(tmp_path: Path) -> None:
     (tmp_path / "sets" / "flights" / "schema.json").touch()
     with pytest.raises(UserError, match="exists and holds other files"):
         prepare(tmp_path / "sets", "01", overwrite=True)
+
+
+def test_windows_take_no_split(sseds: Callable[..., Command], tmp_path: Path) -> None:
+    done = sseds("prepare", "flights", "--windows", "week", "--split", "1,0,0", "--output", tmp_path / "weeks")
+    assert done.code == 2 and "leave out --split and --split-by" in done.err and not list(tmp_path.iterdir())
