@@ -1,4 +1,4 @@
-"""A slim model of a new plan that starts as the slim model of an old one, trained on since."""
+"""A slim model of a new plan that starts from models in memory: as the trained slim one of an old plan, or as a ticket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from sseds_rec.models.ticket import EMBEDDINGS, TABLE, TRANSFORMS, kept_weight
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.rotation import Rotation
-from sseds_rec.slim.columns import Product
+from sseds_rec.slim.columns import Product, row_conversion
 from sseds_rec.slim.transfer import transfer
 
 
@@ -70,6 +70,26 @@ def warm_start(
             moves = torch.tensor(earlier)[:, None] == torch.tensor(positions)
             change = (change.movedim(axis, -1) @ moves.double()).movedim(-1, axis)
         value.copy_(tickets[0] + change)
+    new.load_state_dict(state)
+
+
+@torch.no_grad()
+def live_ticket(new: DistributedModelParallel, plan: DimensionPlan, full: DistributedModelParallel) -> None:
+    """Fills a sharded slim model with what the plan leaves of a full one, as `load_ticket` does from a checkpoint.
+
+    Args:
+        new: `CtrModel` with select transforms, sharded; as its plan makes it.
+        plan: of `new`, its tables in the order of the full model's fields (`plan_for`).
+        full: sharded in any way. All ranks call it.
+    """
+    state, whole = new.state_dict(), full.state_dict()
+    tables = {name: table for name, table in state.items() if TABLE in name}
+    names = {name: name.split(".")[-2] for name in tables}
+    rows = {name: row_conversion(plan.tables[own], plan.rotations.get(own)) for name, own in names.items()}
+    transfer(whole, tables, rows, new._env.process_group, new.device)
+    for name, value in state.items():
+        if not name.startswith(EMBEDDINGS) and TRANSFORMS not in name:
+            value.copy_(kept_weight(_exact(whole[name]), name.removeprefix("over."), new.module.over, plan))
     new.load_state_dict(state)
 
 

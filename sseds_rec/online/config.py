@@ -6,8 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Returning = Literal["base", "random"]
-
 
 class OnlineConfig(BaseModel):
     """Of `sseds online`; the windows are those in the folder `data.path`.
@@ -18,8 +16,10 @@ class OnlineConfig(BaseModel):
         epochs: passes over a window once it has been predicted.
         learning_rate, table_learning_rate: of both models then; null for those of `train`.
         research_every: windows from one search to the next; null for the plan of the warm-up for ever.
-        returning: where columns that a new search brings back start: "base" as the base model has them, "random" as a new
-            model's do.
+        start: where the slim model of a new search starts: "slim" as the old one, carried over, "base" as the base model, cut
+            by the new plan.
+        returning: with start=slim, where columns that a new search brings back start: "base" as the base model has them,
+            "random" as a new model's do.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -29,4 +29,5 @@ class OnlineConfig(BaseModel):
     learning_rate: float | None = Field(None, gt=0)
     table_learning_rate: float | None = Field(None, gt=0)
     research_every: int | None = Field(None, ge=1)
-    returning: Returning = "base"
+    start: Literal["slim", "base"] = "slim"
+    returning: Literal["base", "random"] = "base"

@@ -14,7 +14,7 @@ from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json, write_json
 from sseds_rec.models import CtrModel, build_model, plan_for, raw_fields, table_names
-from sseds_rec.models.warm_start import warm_start
+from sseds_rec.models.warm_start import live_ticket, warm_start
 from sseds_rec.online.records import Record, Side, write_records
 from sseds_rec.online.store import Learner, WindowStore
 from sseds_rec.online.windows import Window, Windows, one_class
@@ -135,15 +135,18 @@ class Online(Pipeline):
     def _search_again(
         self, number: int, base: Learner, slim: Learner, plan: DimensionPlan
     ) -> tuple[DimensionPlan, Learner]:
-        """A new plan, of the present base model on rows that it has not trained on, and the slim model carried over to it."""
+        """A new plan, of the present base model on rows that it has not trained on, and a slim model of it."""
         self._seed()
         scores = self.score(base.model)
         scores.search |= {"seed": self.config.seed, "window": self.windows[number].name}
         found = self._with_names(self.runtime.from_main(lambda: self.config.search.allocate(scores, self.budget)))
         new = self._learner("slim", self._slim(found))
-        trained = self.config.online.returning == "base"
-        full = base.model if trained else self._full_model()
-        warm_start(new.model, found, slim.model, plan, full, trained)
+        if self.config.online.start == "base":
+            live_ticket(new.model, found, base.model)
+        else:
+            trained = self.config.online.returning == "base"
+            full = base.model if trained else self._full_model()
+            warm_start(new.model, found, slim.model, plan, full, trained)
         return found, new
 
     def _predict(self, learner: Learner) -> tuple[Metrics, float]:

@@ -11,12 +11,12 @@ import sseds_rec as sr
 from sseds_rec.distributed.runtime import Runtime
 from sseds_rec.distributed.sharding import ShardingConfig, shard
 from sseds_rec.models import CtrModel, ModelConfig, build_model, build_slim_model
-from sseds_rec.models.warm_start import warm_start
+from sseds_rec.models.warm_start import live_ticket, warm_start
 from sseds_rec.training.optimizers import fuse_table_optimizer
 from tests.models.clicks import CONFIGS, COUNT, D, batch_of, config_of, plan_of, pooled, randomize, schema_of
 from tests.models.plain import fill_tables
 from tests.ranks import run_ranks
-from tests.slim.rotations import draw_rotation
+from tests.slim.rotations import draw_rotation, project
 
 DENSE = 3
 
@@ -219,3 +219,25 @@ def test_what_the_old_model_knows_and_the_rest_of_the_full_one_add_up(before: st
     ((new, expected, old),) = run_ranks(1, _composite, before, after)
     torch.testing.assert_close(new, expected, rtol=1e-4, atol=1e-3)
     assert (new - old).abs().max() > 0.1
+
+
+def _ticket(rank: int, world_size: int, name: str) -> tuple[Tensor, Tensor]:
+    """Logits of a slim model cut from a full one in memory, and of the full one with its tables masked or projected."""
+    runtime = Runtime(rank, world_size, torch.device("cpu"))
+    config, plan = config_of("deepfm"), _plan(name)
+    full, tables = _full(config, runtime)
+    new = _slim(config, plan, runtime)
+    live_ticket(new, plan, full)
+    for table, own in plan.tables.items():
+        mask = torch.zeros(D)
+        mask[own.kept] = 1
+        rotation = plan.rotations.get(table)
+        tables[table] = tables[table] * mask if rotation is None else project(tables[table], rotation).float()
+    fill_tables(full, tables)
+    return _logits(new), _logits(full)
+
+
+@pytest.mark.parametrize("plan", ["mixed", "dropped-a"])
+def test_a_ticket_of_a_model_in_memory_is_that_model_cut(plan: str) -> None:
+    for new, cut in [*run_ranks(1, _ticket, plan), *run_ranks(2, _ticket, plan)]:
+        torch.testing.assert_close(new, cut, rtol=1e-5, atol=1e-4)
