@@ -15,6 +15,7 @@ from sseds_rec.errors import UserError
 from sseds_rec.files import read_json, write_json
 from sseds_rec.models import CtrModel, build_model, plan_for, raw_fields, table_names
 from sseds_rec.models.warm_start import live_ticket, warm_start
+from sseds_rec.online.config import OnlineConfig
 from sseds_rec.online.records import Record, Side, write_records
 from sseds_rec.online.store import Learner, WindowStore
 from sseds_rec.online.windows import Window, Windows, one_class
@@ -241,12 +242,11 @@ def _check(config: Config, schema: Schema) -> None:
 
 
 def _check_same(run: RunDirectory, before: dict[str, Any], now: dict[str, Any]) -> None:
-    was, given = (flatten(settings["online"], "online.") for settings in (before, now))
+    recorded = OnlineConfig.model_validate(before["online"])  # keys that a later version adds have their default
+    was, given = flatten(recorded.model_dump(), "online."), flatten(now["online"], "online.")
     for key, value in given.items():
-        if was.get(key) != value:
-            raise UserError(
-                f"{run.folder} was run with {key}={was.get(key)}, now it is {value}; choose another --run-dir"
-            )
+        if was[key] != value:
+            raise UserError(f"{run.folder} was run with {key}={was[key]}, now it is {value}; choose another --run-dir")
     names = now["windows"][: len(before["windows"])]
     if names != before["windows"]:
         missing = next((name for name in before["windows"] if name not in now["windows"]), names[-1])
