@@ -119,7 +119,10 @@ def _basis(plan: DimensionPlan, table: str) -> _Basis:
 
 
 def _lift(old: _Basis, new: _Basis) -> Tensor:
-    """L: weights over old coordinates (and mass) times it are weights over the new ones (and mass)."""
+    """L: weights over old coordinates (and mass) times it are weights over the new ones (and mass).
+
+    A mean of the old plan that the new one has no coordinate for, since it does not rotate the table, is cut with the rest.
+    """
     before, after = old.rotation, new.rotation
     lift = torch.zeros(before.forward.shape[1] + old.has_mass, after.forward.shape[1] + new.has_mass).double()
     d, width = before.forward.shape[1], after.forward.shape[1]

@@ -89,21 +89,8 @@ class Online(Pipeline):
         self.run.require("online", "retrain")
         store = WindowStore(self.folder, self.runtime, fingerprint(self.config, "retrain"))
         plan = self._plan() if store.last is None else self._with_names(store.plan())
-        self._seed()
-        base, slim = self._learner("base", self._full_model()), self._learner("slim", self._slim(plan))
-        records: list[Record] = []
-        if store.last is None:
-            for learner, stage in ((base, "pretrain"), (slim, "retrain")):
-                load_weights(self.run.path(stage, "checkpoint"), learner.model)
-            last = self.config.online.warm_up - 1
-            self._look_at(self.windows[last])
-            for learner in (base, slim):
-                self._learn(learner, last)
-            store.save(last, (base, slim), plan, records)
-        else:
-            records = store.records()
-            for learner in (base, slim):
-                store.restore(learner)
+        base, slim = self._start(store, plan)
+        records = store.records()
         assert store.last is not None
         for number in range(store.last + 1, len(self.windows)):
             self._look_at(self.windows[number])
@@ -124,6 +111,22 @@ class Online(Pipeline):
             on_window(*pair)
         self._write(records)
         return records
+
+    def _start(self, store: WindowStore, plan: DimensionPlan) -> tuple[Learner, Learner]:
+        """Both models as the last finished window left them, or the warm-up."""
+        self._seed()
+        base, slim = self._learner("base", self._full_model()), self._learner("slim", self._slim(plan))
+        if store.last is not None:
+            store.restore(base)
+            store.restore(slim)
+            return base, slim
+        last = self.config.online.warm_up - 1
+        self._look_at(self.windows[last])
+        for learner, stage in ((base, "pretrain"), (slim, "retrain")):
+            load_weights(self.run.path(stage, "checkpoint"), learner.model)
+            self._learn(learner, last)
+        store.save(last, (base, slim), plan, [])
+        return base, slim
 
     def _write(self, records: list[Record]) -> None:
         self.runtime.on_main(lambda: write_records(self.folder, records))
