@@ -73,7 +73,10 @@ class Windows(Sequence[Window]):
     def __init__(self, folder: str) -> None:
         self.folder = folder
         names = sorted(g_pathmgr.ls(check_store(folder))) if g_pathmgr.isdir(check_store(folder)) else []
-        sets = [(name, PreparedSet(join(folder, name))) for name in names if exists(join(folder, name, FILE_NAME))]
+        there = [
+            name for name in names if name[0] != "." and exists(join(folder, name, FILE_NAME))
+        ]  # not half-made ones
+        sets = [(name, PreparedSet(join(folder, name))) for name in there]
         if not sets:
             raise UserError(
                 f"{folder}: holds no windows, folders with a prepared set each; for those of the flights: "

@@ -50,6 +50,7 @@ def test_ids_that_do_not_grow_are_refused(logs: list[Path], windows: Path, tmp_p
     prepare(logs[0], tmp_path / "other", None)
     prepare(logs[6], tmp_path / "a" / "day-6", None)  # anew, with more users: others have the same ids
     prepare(logs[1], tmp_path / "b" / "day-1", windows / "day-0")
+    shutil.copytree(windows / "day-0", tmp_path / "b" / ".day-2.tmp")  # being prepared
     Windows(str(tmp_path / "b")).check_ids()
     with pytest.raises(UserError, match="day-6: ids of field 'user' are others than in window day-0; prepare it with"):
         Windows(str(tmp_path / "a")).check_ids()
