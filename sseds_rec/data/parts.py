@@ -25,7 +25,7 @@ OPEN_PARTS = 64  # that train rows are dealt to at a time
 
 
 @contextlib.contextmanager
-def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(output: str | Path, overwrite: bool = False, marker: str = FILE_NAME) -> Iterator[Path]:
     """Yields a temporary folder that becomes `output` when the block ends well, and vanishes when it does not.
 
     In a store registered with iopath, the files are copied one by one, `schema.json` last: without it, there is no set.
@@ -33,6 +33,7 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Args:
         output: Must not exist, or be an empty folder, or with `overwrite` an earlier prepared set.
         overwrite: Replace an earlier prepared set.
+        marker: The file by which an earlier one is known.
 
     Raises:
         UserError: `output` holds something else.
@@ -52,7 +53,7 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
                 if replaced.exists() and not final.exists():  # a run was killed while it replaced this one
                     os.replace(replaced, final)
                 shutil.rmtree(replaced, ignore_errors=True)
-                _check_free(final, output, overwrite)
+                _check_free(final, output, overwrite, marker)
                 for left in temporary.iterdir():  # by a killed run
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
                 yield temporary
@@ -66,10 +67,10 @@ def new_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from error
 
 
-def _check_free(final: Path, output: str | Path, overwrite: bool) -> None:
+def _check_free(final: Path, output: str | Path, overwrite: bool, marker: str) -> None:
     if not final.exists() or not any(final.iterdir()):
         return
-    if not (final / FILE_NAME).exists():
+    if not (final / marker).exists():
         raise UserError(f"{output}: exists and holds other files; name a new folder")
     if not overwrite:
         raise UserError(f"{output}: holds a prepared set already; name a new folder, or ask to overwrite it")

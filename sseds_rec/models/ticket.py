@@ -22,9 +22,9 @@ from sseds_rec.search.plan import DimensionPlan
 Tables = Literal["ticket", "random"]
 Dense = Literal["kept", "fresh"]
 
-_EMBEDDINGS = ("embeddings.", "managed.")
-_TABLE = ".embedding_bags."
-_TRANSFORMS = ".alignment.transforms."
+EMBEDDINGS = ("embeddings.", "managed.")
+TABLE = ".embedding_bags."
+TRANSFORMS = ".alignment.transforms."
 
 
 def load_ticket(
@@ -60,14 +60,14 @@ def load_ticket(
     for name, value in wanted.items():
         if f"model.{name}" not in stored:
             raise UserError(f"{checkpoint}: holds no weight {name}; it is not of this model")
-        whole[name] = value if name.startswith(_EMBEDDINGS) else torch.empty(stored[f"model.{name}"], dtype=value.dtype)
+        whole[name] = value if name.startswith(EMBEDDINGS) else torch.empty(stored[f"model.{name}"], dtype=value.dtype)
     load_checkpoint({"model": whole}, checkpoint)
     fields, (table, *_) = module.over.fields, plan.tables.values()
     realigned = fields.alignment is not None and fields.aligned_dim != table.original_dim
     for name, value in wanted.items():
         if whole[name] is value:
             continue
-        source = _kept(whole[name], name.removeprefix("over."), module.over, plan)
+        source = kept_weight(whole[name], name.removeprefix("over."), module.over, plan)
         if source.shape == value.shape:
             value.copy_(source)
         elif not realigned:
@@ -86,7 +86,7 @@ def start_anew(model: DistributedModelParallel, plan: DimensionPlan) -> None:
     """
     state = model.state_dict()
     for name, value in state.items():
-        if _TABLE in name:
+        if TABLE in name:
             _clear_padding(value, plan.tables[name.split(".")[-2]].embedding_dim)
     model.load_state_dict(state)
 
@@ -103,7 +103,7 @@ def restart_tables(model: DistributedModelParallel, plan: DimensionPlan, tables:
     state = model.state_dict()
     for number, (name, value) in enumerate(state.items()):
         table = name.split(".")[-2]
-        if _TABLE not in name or table not in tables:
+        if TABLE not in name or table not in tables:
             continue
         sharded = isinstance(value, ShardedTensor)
         shards = [(s.tensor, s.metadata.shard_offsets) for s in value.local_shards()] if sharded else [(value, [0, 0])]
@@ -116,9 +116,9 @@ def restart_tables(model: DistributedModelParallel, plan: DimensionPlan, tables:
 
 def _starts_from(name: str, tables: Tables, dense: Dense) -> bool:
     """Whether an entry of the model's state is taken from the checkpoint."""
-    if name.startswith(_EMBEDDINGS):
-        return tables == "ticket" or _TABLE not in name
-    return dense == "kept" and _TRANSFORMS not in name
+    if name.startswith(EMBEDDINGS):
+        return tables == "ticket" or TABLE not in name
+    return dense == "kept" and TRANSFORMS not in name
 
 
 def _clear_padding(table: Tensor | ShardedTensor, dim: int) -> None:
@@ -130,7 +130,7 @@ def _clear_padding(table: Tensor | ShardedTensor, dim: int) -> None:
         table[:, dim:] = 0
 
 
-def _kept(weight: Tensor, name: str, over: OverArch, plan: DimensionPlan) -> Tensor:
+def kept_weight(weight: Tensor, name: str, over: OverArch, plan: DimensionPlan) -> Tensor:
     """What is left of a dense weight of the full model."""
     for pattern, axes in over.over_raw.items():
         if fnmatchcase(name, pattern):
