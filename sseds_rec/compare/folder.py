@@ -7,13 +7,15 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
+from sseds_rec.compare.cells import Cell, grid_of_rates
 from sseds_rec.compare.pool import cores
 from sseds_rec.config import Config, changed_keys, load_config
 from sseds_rec.data.dataset import open_dataset
 from sseds_rec.distributed.runtime import ALONE
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json
-from sseds_rec.run_directory import environment
+from sseds_rec.harness import pipeline_for
+from sseds_rec.run_directory import RunDirectory, environment
 
 #: What may change from one call to the next: it adds or leaves out cells, and changes none.
 _GRID = {"methods", "budgets", "models", "seeds", "learning_rates", "embedding_l2", "ablations", "processes"}
@@ -31,7 +33,7 @@ def open_comparison(folder: Path, config: Config, source: str) -> dict[str, Any]
         What `compare.json` says, with the seconds that earlier calls took.
 
     Raises:
-        UserError: the folder is of another experiment (names the key), or the data are missing.
+        UserError: the folder is of another experiment (names the key), the data are missing, or no cell could run.
     """
     recorded = folder / "config.yaml"
     if recorded.exists():
@@ -39,6 +41,7 @@ def open_comparison(folder: Path, config: Config, source: str) -> dict[str, Any]
             if key.removeprefix("compare.") not in _GRID:
                 raise UserError(f"{folder} compares with {key}={old}, now it is {new}; choose another --run-dir")
     schema = open_dataset(config.data).schema
+    _check(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.save(recorded)
     section = config.compare
@@ -62,3 +65,12 @@ def open_comparison(folder: Path, config: Config, source: str) -> dict[str, Any]
         "seconds": read_json(before)["seconds"] if before.exists() else 0.0,
         "environment": environment(ALONE),
     }
+
+
+def _check(config: Config, folder: Path) -> None:
+    """Refuses what every cell would refuse. What one method cannot do is said of its cells, and the others go on."""
+    section = config.compare
+    for model in section.models:
+        for method in ["full", *(["drop_ids"] if section.id_fields else [])]:
+            cell = Cell(model, method, None, config.seed, grid_of_rates(section)[0])
+            pipeline_for(cell.config(config), RunDirectory(folder), ALONE)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from sseds_rec.config import SearchConfig
 from sseds_rec.data.batch import Batch
 from sseds_rec.data.loader import Loader
 from sseds_rec.distributed.runtime import Runtime
@@ -22,6 +21,7 @@ from sseds_rec.files import open_file, read_json, write_json
 from sseds_rec.harness.scratch import FromScratch
 from sseds_rec.models import build_model, names_in_scores
 from sseds_rec.run_directory import fingerprint
+from sseds_rec.search.config import SearchConfig
 from sseds_rec.search.methods.autodim import AutodimConfig, Mixture, allocate_autodim, check_autodim
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.scores import Table, save_arrays
