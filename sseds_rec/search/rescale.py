@@ -15,7 +15,7 @@ from sseds_rec.search.losses import record_losses
 from sseds_rec.search.rotation import Rotation
 from sseds_rec.search.samples import Sample
 from sseds_rec.search.scores import DimensionScores
-from sseds_rec.search.steps import LossFn, batches_of, device_of, mean_loss, sum_over_ranks
+from sseds_rec.search.steps import LossFn, batches_of, check_graph, device_of, mean_loss, sum_over_ranks
 from sseds_rec.search.tap import Taps, tapped
 
 #: Standard deviation that a scale is expected to have about 1, before anything is seen: few rows change it little.
@@ -43,7 +43,8 @@ def rescale(
     rows each, α is below 1: unseen rows are better off with less of it. What its coordinates are worth to them shrinks by α²,
     and so do their scores; plans made of the scores carry the scale in their rotations, and slimming scales the tables.
 
-    Nothing is trained or changed. One all-reduce of F² + F numbers in all for F rotated tables.
+    Nothing is trained or changed. Besides what the model's own forward sends there is one all-reduce of F² + F + 1 numbers in
+    all for F rotated tables, and one number a batch that says whether all ranks have one. If a rank cannot go on, all end.
 
     Example::
 
@@ -61,8 +62,11 @@ def rescale(
         New scores, which sum to 1; `search["scales"]` names the scales of the tables.
 
     Raises:
-        UserError: no table is rotated, no batch is given, or the loss has no logits that can be found.
+        UserError: no table is rotated, the scores are of another model, no batch is given, the loss is not finite, or it has no
+            logits that can be found.
     """
+    if not (num_batches is None or num_batches > 0):
+        raise UserError(f"num_batches={num_batches}: it is a number from 1 on, or None for all")
     if not scores.rotations:
         raise UserError(
             "no table is scored in a rotated basis, and only those have a scale; use criterion='ggn_rotated'"
@@ -71,18 +75,37 @@ def rescale(
     names = list(scores.rotations)
     means = {name: rotation.mean.to(device) for name, rotation in scores.rotations.items()}
     total = torch.zeros(len(names) + 1, len(names), dtype=torch.float64, device=device)  # the slope, then the curvature
-    seen = 0
+    seen, failures = 0, list[Exception]()
     with tapped(model) as taps:
-        for batch in batches_of(islice(iter(batches), num_batches), device):
-            total += _slope_and_curvature(model, batch, taps, means, loss_fn)
+        _check_tables(scores, taps)
+        for batch in batches_of(islice(iter(batches), num_batches), device, lambda: bool(failures)):
+            try:
+                total += _slope_and_curvature(model, batch, taps, means, loss_fn)
+            except Exception as error:
+                failures.append(error)  # the other ranks are told by the next look for a batch, and wait for the sums
             seen += 1
+    sums = sum_over_ranks(torch.cat([total.flatten(), total.new_tensor([len(failures)])])).cpu()
+    if failures:
+        raise failures[0]
+    if sums[-1]:
+        raise UserError("another rank could not rescale with its batch; it says why")
     if not seen:
         raise UserError("no batch to rescale with; give at least one")
-    slope, curvature = (part.cpu() for part in sum_over_ranks(total).split([1, len(names)]))
+    if not bool(sums.isfinite().all()):
+        raise UserError(
+            "the loss of a batch to rescale with is not finite; the model's weights or the batch hold NaN or infinity"
+        )
+    slope, *curvature = sums[:-1].unflatten(0, total.shape)
     prior = torch.eye(len(names), dtype=torch.float64) / _PRIOR**2
-    best = 1 - torch.linalg.solve(curvature + prior, slope[0])
+    best = 1 - torch.linalg.solve(torch.stack(curvature) + prior, slope)
     scales = dict(zip(names, best.clamp(0, _MOST).tolist(), strict=True))
     return _scaled(scores, scales)
+
+
+def _check_tables(scores: DimensionScores, taps: Taps) -> None:
+    for name, rotation in scores.rotations.items():
+        if name not in taps.tables or taps.tables[name].dim != len(rotation.mean):
+            raise UserError(f"table {name}: the model has none of this name and width; the scores are of another model")
 
 
 def _slope_and_curvature(
@@ -95,6 +118,7 @@ def _slope_and_curvature(
             return mean_loss(model, batch, loss_fn), recorded
 
     loss, recorded = taps.run(forward)
+    check_graph(loss)
     rows, leaves = taps.rows(), taps.leaves()
     targets = recorded.targets(rows, loss)
     gradients = torch.autograd.grad(loss * rows, leaves, retain_graph=bool(targets), allow_unused=True)
@@ -108,9 +132,11 @@ def _slope_and_curvature(
 
 
 def _derivatives(taps: Taps, gradients: Any, means: dict[str, Tensor]) -> Tensor:
-    """∂f_b/∂α_i of every row and rotated table: [B, F], float64."""
-    found = {name: _derivative(sample, means[name]) for name, sample in taps.samples(gradients) if name in means}
-    return torch.stack([found[name] for name in means], dim=1)
+    """∂f_b/∂α_i of every row and rotated table: [B, F], float64; zeros of tables that this forward did not look up."""
+    device = next(iter(means.values())).device
+    found = dict.fromkeys(means, torch.zeros(taps.rows(), dtype=torch.float64, device=device))
+    found |= {name: _derivative(sample, means[name]) for name, sample in taps.samples(gradients) if name in means}
+    return torch.stack(list(found.values()), dim=1)
 
 
 def _derivative(sample: Sample, mean: Tensor) -> Tensor:
