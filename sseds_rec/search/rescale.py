@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,8 +21,10 @@ from sseds_rec.search.tap import Taps, tapped
 
 #: Standard deviation that a scale is expected to have about 1, before anything is seen: few rows change it little.
 _PRIOR = 0.5
-#: No table is turned round, and none is doubled.
+#: No table is turned round, and none is more than doubled.
 _MOST = 2.0
+#: Newton steps at most, each of which takes the batches once more.
+_STEPS = 8
 
 
 def rescale(
@@ -43,8 +46,12 @@ def rescale(
     rows each, α is below 1: unseen rows are better off with less of it. What its coordinates are worth to them shrinks by α²,
     and so do their scores; plans made of the scores carry the scale in their rotations, and slimming scales the tables.
 
-    Nothing is trained or changed. Besides what the model's own forward sends there is one all-reduce of F² + F + 1 numbers in
-    all for F rotated tables, and one number a batch that says whether all ranks have one. If a rank cannot go on, all end.
+    If the step changes a scale by more than 1, the model is so sure of itself on these rows that its loss is no parabola:
+    then only ½ is gone in that direction, and the next step is worked out there, on the batches once more (of an iterator,
+    on those that follow).
+
+    Nothing is trained or changed. Besides what the model's own forward sends there is one all-reduce of F² + F + 1 numbers a
+    step for F rotated tables, and one number a batch that says whether all ranks have one. If a rank cannot go on, all end.
 
     Example::
 
@@ -74,38 +81,64 @@ def rescale(
     device = device_of(model)
     names = list(scores.rotations)
     means = {name: rotation.mean.to(device) for name, rotation in scores.rotations.items()}
-    total = torch.zeros(len(names) + 1, len(names), dtype=torch.float64, device=device)  # the slope, then the curvature
-    seen, failures = 0, list[Exception]()
+    alpha = torch.ones(len(names), dtype=torch.float64)
+    prior = torch.eye(len(names), dtype=torch.float64) / _PRIOR**2
     with tapped(model) as taps:
         _check_tables(scores, taps)
-        for batch in batches_of(islice(iter(batches), num_batches), device, lambda: bool(failures)):
-            try:
-                total += _slope_and_curvature(model, batch, taps, means, loss_fn)
-            except Exception as error:
-                failures.append(error)  # the other ranks are told by the next look for a batch, and wait for the sums
-            seen += 1
-    sums = sum_over_ranks(torch.cat([total.flatten(), total.new_tensor([len(failures)])])).cpu()
-    if failures:
-        raise failures[0]
-    if sums[-1]:
-        raise UserError("another rank could not rescale with its batch; it says why")
-    if not seen:
-        raise UserError("no batch to rescale with; give at least one")
-    if not bool(sums.isfinite().all()):
-        raise UserError(
-            "the loss of a batch to rescale with is not finite; the model's weights or the batch hold NaN or infinity"
-        )
-    slope, *curvature = sums[:-1].unflatten(0, total.shape)
-    prior = torch.eye(len(names), dtype=torch.float64) / _PRIOR**2
-    best = 1 - torch.linalg.solve(torch.stack(curvature) + prior, slope)
-    scales = dict(zip(names, best.clamp(0, _MOST).tolist(), strict=True))
-    return _scaled(scores, scales)
+        stream = iter(batches)
+        for taken in range(_STEPS):
+            sums = _sums(model, islice(stream, num_batches), taps, means, loss_fn)
+            if sums is None:
+                if not taken:
+                    raise UserError("no batch to rescale with; give at least one")
+                break  # the iterator is at its end
+            slope, *curvature = sums.cpu()
+            step = -torch.linalg.solve(torch.stack(curvature) + prior, slope + prior @ (alpha - 1))
+            longest = float(step.abs().max())
+            alpha = (alpha + (step if longest <= 1 else step * 0.5 / longest)).clamp(0, _MOST)
+            if longest <= 1:
+                break
+            taps.edits |= {n: partial(_about_mean, means[n], a) for n, a in zip(names, alpha.tolist(), strict=True)}
+            stream = stream if stream is batches else iter(batches)
+    return _scaled(scores, dict(zip(names, alpha.tolist(), strict=True)))
 
 
 def _check_tables(scores: DimensionScores, taps: Taps) -> None:
     for name, rotation in scores.rotations.items():
         if name not in taps.tables or taps.tables[name].dim != len(rotation.mean):
             raise UserError(f"table {name}: the model has none of this name and width; the scores are of another model")
+
+
+def _about_mean(mean: Tensor, scale: float, output: Tensor, mass: Tensor | None) -> Tensor:
+    """mass·μ + α (e - mass·μ) [B, D]."""
+    assert mass is not None, "only bags are rotated"
+    centre = mass[:, None] * mean
+    return (centre + scale * (output.double() - centre)).to(output.dtype)
+
+
+def _sums(
+    model: nn.Module, batches: Iterable[Any], taps: Taps, means: dict[str, Tensor], loss_fn: LossFn | None
+) -> Tensor | None:
+    """`_slope_and_curvature` of the rows of all batches and ranks [F + 1, F]; None without a batch."""
+    device = next(iter(means.values())).device
+    total = torch.zeros(len(means) + 1, len(means), dtype=torch.float64, device=device)
+    seen, failures = 0, list[Exception]()
+    for batch in batches_of(batches, device, lambda: bool(failures)):
+        try:
+            total += _slope_and_curvature(model, batch, taps, means, loss_fn)
+        except Exception as error:
+            failures.append(error)  # the other ranks are told by the next look for a batch, and wait for the sums
+        seen += 1
+    sums = sum_over_ranks(torch.cat([total.flatten(), total.new_tensor([len(failures)])]))
+    if failures:
+        raise failures[0]
+    if sums[-1]:
+        raise UserError("another rank could not rescale with its batch; it says why")
+    if not bool(sums.isfinite().all()):
+        raise UserError(
+            "the loss of a batch to rescale with is not finite; the model's weights or the batch hold NaN or infinity"
+        )
+    return sums[:-1].reshape(total.shape) if seen else None
 
 
 def _slope_and_curvature(

@@ -23,7 +23,10 @@ from tests.search.test_saliency import _sharded, _training_state
 from tests.search.zoo import KEYS, ROWS, TABLES, Case
 from tests.slim.rotations import project
 
-CASES = [Case(), Case(pooling="MEAN"), Case(weighted=True), Case(pooling="MEAN", weighted=True), Case(twice=True)]
+CASES = [Case(), Case(pooling="MEAN"), Case(weighted=True), Case(twice=True)]
+WEIGHTED_MEANS = Case(
+    pooling="MEAN", weighted=True
+)  # which TorchRec pools in sharded models only, and row-wise wrongly
 CUTS = {1: [[(0, 15), (15, 40)]], 2: [[(0, 9), (9, 16)], [(16, 35), (35, 40)]]}
 """Ranks -> per rank, the (first, last) row of each batch: sizes differ between ranks and batches."""
 
@@ -87,7 +90,7 @@ def _assert_scales(found: Scaled, case: Case) -> None:
     scales, means = found
     expected = _expected(case, means)
     assert list(scales) == list(TABLES)
-    assert max(expected.values()) - min(expected.values()) > 0.05  # there is something to find
+    assert max(expected.values()) - min(expected.values()) > 0.02  # there is something to find
     assert scales == pytest.approx(expected, abs=1e-6)
 
 
@@ -110,7 +113,7 @@ def _rescaled_on_rank(rank: int, world_size: int, cases: list[Case], types: dict
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "data_parallel"])
 def test_sharded_models_with_uneven_batches_equal_explicit_alpha(world_size: int, kind: str) -> None:
-    cases = [case for case in CASES if not (kind == "row_wise" and case.pooling == "MEAN" and case.weighted)]
+    cases = CASES if kind == "row_wise" else [*CASES, WEIGHTED_MEANS]
     answers = run_ranks(world_size, _rescaled_on_rank, cases, dict.fromkeys(TABLES, kind))
     for answer in answers:
         for (scales, means), (first, _), case in zip(answer, answers[0], cases, strict=True):
@@ -177,7 +180,7 @@ def test_scores_plans_and_slim_models_are_scaled(case: Case) -> None:
         projected[name] = mean + scales[name] * (project(whole, unscaled) - mean)
     found = sr.slim(model.eval(), plan)(zoo.make_batch(case, 0, ROWS))[1]
     torch.testing.assert_close(found, _logits(case, projected), rtol=0, atol=1e-5)
-    assert float((found - _logits(case, _tables(case))).abs().max()) > 0.1
+    assert float((found - _logits(case, _tables(case))).abs().max()) > 0.02
 
 
 IDS, GROUPS, DIM = 150, 6, 4
@@ -209,28 +212,49 @@ def _clicks(count: int, seed: int) -> tuple[KeyedJaggedTensor, Tensor]:
     return KeyedJaggedTensor(keys=["id", "group"], values=values, lengths=torch.ones_like(values)), labels.float()
 
 
-def test_what_was_learned_by_heart_is_scaled_down_and_unseen_rows_are_better_off() -> None:
+def _trained(steps: int) -> _Toy:
     torch.manual_seed(0)
-    model, train, held_out, test = _Toy(), _clicks(600, 1), _clicks(4000, 2), _clicks(4000, 3)
+    model, rows = _Toy(), _clicks(600, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(150):
+    for _ in range(steps):
         optimizer.zero_grad()
-        model(train).backward()
+        model(rows).backward()
         optimizer.step()
+    return model
+
+
+def _loss(model: _Toy, scores: DimensionScores) -> float:
+    """Of the model slimmed to a plan that keeps all, on rows that neither training nor the scales have seen."""
+    plan = sr.allocate(scores, sr.Budget(dims=1.0))
+    with torch.no_grad():
+        return float(sr.slim(copy.deepcopy(model), plan)(_clicks(4000, 3)))
+
+
+@pytest.mark.parametrize(("steps", "gained"), [(40, 0.01), (150, 0.2)])
+def test_what_was_learned_by_heart_is_scaled_down_and_unseen_rows_are_better_off(steps: int, gained: float) -> None:
+    """After 150 steps the model is so sure that a whole Newton step would leave nothing of either table."""
+    model, held_out = _trained(steps), _clicks(4000, 2)
     scores = sr.score_dimensions(model, [held_out], "ggn_rotated")
     after = sr.rescale(model, [held_out], scores)
     scales = after.search["scales"]
-    assert scales["id"] < 0.4 and abs(scales["group"] - 1) < 0.25
-    assert after["id"].sum() < 0.3 * scores["id"].sum()
+    assert scales["id"] < 0.4 and 0.35 < scales["group"] < 1.25
+    assert after["id"].sum() < 0.2 * scores["id"].sum()
+    before, loss = _loss(model, scores), _loss(model, after)
+    assert before == pytest.approx(float(model(_clicks(4000, 3)).detach()), abs=1e-5)
+    assert loss < before - gained
 
-    def loss(scores: DimensionScores) -> float:
-        plan = sr.allocate(scores, sr.Budget(dims=1.0))
-        with torch.no_grad():
-            return float(sr.slim(copy.deepcopy(model), plan)(test))
 
-    with torch.no_grad():
-        assert loss(scores) == pytest.approx(float(model(test)), abs=1e-5)
-    assert loss(after) < loss(scores) - 0.1  # rows that neither training nor the scale has seen
+def test_true_tables_keep_their_scale() -> None:
+    """The same model after few steps on many rows: the group is as true on unseen ones."""
+    torch.manual_seed(0)
+    model, rows, held_out = _Toy(), _clicks(20_000, 1), _clicks(20_000, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(rows).backward()
+        optimizer.step()
+    scores = sr.score_dimensions(model, [held_out], "ggn_rotated")
+    assert sr.rescale(model, [held_out], scores).search["scales"]["group"] == pytest.approx(1, abs=0.1)
 
 
 def test_a_table_without_effect_on_these_rows_stays_as_it_is() -> None:
