@@ -101,14 +101,15 @@ def restart_tables(model: DistributedModelParallel, plan: DimensionPlan, tables:
         seed: of the draw; data-parallel copies are the same on all ranks.
     """
     state = model.state_dict()
-    for number, (name, value) in enumerate(state.items()):
+    numbers = {table: number for number, table in enumerate(plan.tables)}
+    for name, value in state.items():
         table = name.split(".")[-2]
         if TABLE not in name or table not in tables:
             continue
         sharded = isinstance(value, ShardedTensor)
         shards = [(s.tensor, s.metadata.shard_offsets) for s in value.local_shards()] if sharded else [(value, [0, 0])]
         for part, offsets in shards:
-            mixed = int(np.random.SeedSequence([seed, number, *offsets]).generate_state(1)[0])
+            mixed = int(np.random.SeedSequence([seed, numbers[table], *offsets]).generate_state(1)[0])
             part.normal_(std=TABLE_STD, generator=torch.Generator(part.device).manual_seed(mixed))
         _clear_padding(value, plan.tables[table].embedding_dim)
     model.load_state_dict(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,13 +16,15 @@ from sseds_rec.search.losses import record_losses
 from sseds_rec.search.rotation import Rotation
 from sseds_rec.search.samples import Sample
 from sseds_rec.search.scores import DimensionScores
-from sseds_rec.search.steps import LossFn, batches_of, device_of, mean_loss, sum_over_ranks
+from sseds_rec.search.steps import LossFn, batches_of, check_graph, device_of, mean_loss, sum_over_ranks
 from sseds_rec.search.tap import Taps, tapped
 
 #: Standard deviation that a scale is expected to have about 1, before anything is seen: few rows change it little.
 _PRIOR = 0.5
-#: No table is turned round, and none is doubled.
+#: No table is turned round, and none is more than doubled.
 _MOST = 2.0
+#: Newton steps at most, each of which takes the batches once more.
+_STEPS = 8
 
 
 def rescale(
@@ -43,7 +46,12 @@ def rescale(
     rows each, α is below 1: unseen rows are better off with less of it. What its coordinates are worth to them shrinks by α²,
     and so do their scores; plans made of the scores carry the scale in their rotations, and slimming scales the tables.
 
-    Nothing is trained or changed. One all-reduce of F² + F numbers in all for F rotated tables.
+    If the step changes a scale by more than 1, the model is so sure of itself on these rows that its loss is no parabola:
+    then only ½ is gone in that direction, and the next step is worked out there, on the batches once more (of an iterator,
+    on those that follow).
+
+    Nothing is trained or changed. Besides what the model's own forward sends there is one all-reduce of F² + F + 1 numbers a
+    step for F rotated tables, and one number a batch that says whether all ranks have one. If a rank cannot go on, all end.
 
     Example::
 
@@ -61,8 +69,11 @@ def rescale(
         New scores, which sum to 1; `search["scales"]` names the scales of the tables.
 
     Raises:
-        UserError: no table is rotated, no batch is given, or the loss has no logits that can be found.
+        UserError: no table is rotated, the scores are of another model, no batch is given, the loss is not finite, or it has no
+            logits that can be found.
     """
+    if not (num_batches is None or num_batches > 0):
+        raise UserError(f"num_batches={num_batches}: it is a number from 1 on, or None for all")
     if not scores.rotations:
         raise UserError(
             "no table is scored in a rotated basis, and only those have a scale; use criterion='ggn_rotated'"
@@ -70,19 +81,64 @@ def rescale(
     device = device_of(model)
     names = list(scores.rotations)
     means = {name: rotation.mean.to(device) for name, rotation in scores.rotations.items()}
-    total = torch.zeros(len(names) + 1, len(names), dtype=torch.float64, device=device)  # the slope, then the curvature
-    seen = 0
-    with tapped(model) as taps:
-        for batch in batches_of(islice(iter(batches), num_batches), device):
-            total += _slope_and_curvature(model, batch, taps, means, loss_fn)
-            seen += 1
-    if not seen:
-        raise UserError("no batch to rescale with; give at least one")
-    slope, curvature = (part.cpu() for part in sum_over_ranks(total).split([1, len(names)]))
+    alpha = torch.ones(len(names), dtype=torch.float64)
     prior = torch.eye(len(names), dtype=torch.float64) / _PRIOR**2
-    best = 1 - torch.linalg.solve(curvature + prior, slope[0])
-    scales = dict(zip(names, best.clamp(0, _MOST).tolist(), strict=True))
-    return _scaled(scores, scales)
+    with tapped(model) as taps:
+        _check_tables(scores, taps)
+        stream = iter(batches)
+        for taken in range(_STEPS):
+            sums = _sums(model, islice(stream, num_batches), taps, means, loss_fn)
+            if sums is None:
+                if not taken:
+                    raise UserError("no batch to rescale with; give at least one")
+                break  # the iterator is at its end
+            slope, *curvature = sums.cpu()
+            step = -torch.linalg.solve(torch.stack(curvature) + prior, slope + prior @ (alpha - 1))
+            longest = float(step.abs().max())
+            alpha = (alpha + (step if longest <= 1 else step * 0.5 / longest)).clamp(0, _MOST)
+            if longest <= 1:
+                break
+            taps.edits |= {n: partial(_about_mean, means[n], a) for n, a in zip(names, alpha.tolist(), strict=True)}
+            stream = stream if stream is batches else iter(batches)
+    return _scaled(scores, dict(zip(names, alpha.tolist(), strict=True)))
+
+
+def _check_tables(scores: DimensionScores, taps: Taps) -> None:
+    for name, rotation in scores.rotations.items():
+        if name not in taps.tables or taps.tables[name].dim != len(rotation.mean):
+            raise UserError(f"table {name}: the model has none of this name and width; the scores are of another model")
+
+
+def _about_mean(mean: Tensor, scale: float, output: Tensor, mass: Tensor | None) -> Tensor:
+    """mass·μ + α (e - mass·μ) [B, D]."""
+    assert mass is not None, "only bags are rotated"
+    centre = mass[:, None] * mean
+    return (centre + scale * (output.double() - centre)).to(output.dtype)
+
+
+def _sums(
+    model: nn.Module, batches: Iterable[Any], taps: Taps, means: dict[str, Tensor], loss_fn: LossFn | None
+) -> Tensor | None:
+    """`_slope_and_curvature` of the rows of all batches and ranks [F + 1, F]; None without a batch."""
+    device = next(iter(means.values())).device
+    total = torch.zeros(len(means) + 1, len(means), dtype=torch.float64, device=device)
+    seen, failures = 0, list[Exception]()
+    for batch in batches_of(batches, device, lambda: bool(failures)):
+        try:
+            total += _slope_and_curvature(model, batch, taps, means, loss_fn)
+        except Exception as error:
+            failures.append(error)  # the other ranks are told by the next look for a batch, and wait for the sums
+        seen += 1
+    sums = sum_over_ranks(torch.cat([total.flatten(), total.new_tensor([len(failures)])]))
+    if failures:
+        raise failures[0]
+    if sums[-1]:
+        raise UserError("another rank could not rescale with its batch; it says why")
+    if not bool(sums.isfinite().all()):
+        raise UserError(
+            "the loss of a batch to rescale with is not finite; the model's weights or the batch hold NaN or infinity"
+        )
+    return sums[:-1].reshape(total.shape) if seen else None
 
 
 def _slope_and_curvature(
@@ -95,6 +151,7 @@ def _slope_and_curvature(
             return mean_loss(model, batch, loss_fn), recorded
 
     loss, recorded = taps.run(forward)
+    check_graph(loss)
     rows, leaves = taps.rows(), taps.leaves()
     targets = recorded.targets(rows, loss)
     gradients = torch.autograd.grad(loss * rows, leaves, retain_graph=bool(targets), allow_unused=True)
@@ -108,9 +165,11 @@ def _slope_and_curvature(
 
 
 def _derivatives(taps: Taps, gradients: Any, means: dict[str, Tensor]) -> Tensor:
-    """∂f_b/∂α_i of every row and rotated table: [B, F], float64."""
-    found = {name: _derivative(sample, means[name]) for name, sample in taps.samples(gradients) if name in means}
-    return torch.stack([found[name] for name in means], dim=1)
+    """∂f_b/∂α_i of every row and rotated table: [B, F], float64; zeros of tables that this forward did not look up."""
+    device = next(iter(means.values())).device
+    found = dict.fromkeys(means, torch.zeros(taps.rows(), dtype=torch.float64, device=device))
+    found |= {name: _derivative(sample, means[name]) for name, sample in taps.samples(gradients) if name in means}
+    return torch.stack(list(found.values()), dim=1)
 
 
 def _derivative(sample: Sample, mean: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from sseds_rec.search.moments import Batch, Moments
 from sseds_rec.search.plan import DimensionPlan
 from sseds_rec.search.scores import DimensionScores
 from sseds_rec.search.stability import expected_overlap
-from sseds_rec.search.steps import LossFn, batches_of, device_of, mean_loss
+from sseds_rec.search.steps import LossFn, batches_of, check_graph, device_of, mean_loss
 from sseds_rec.search.tap import Taps, tapped
 
 TENTH = Budget(parameters=0.1)
@@ -141,8 +141,8 @@ def _measure(
 
     loss, recorded = taps.run(forward)
     rows = taps.rows()
-    if wanted != {"output"} and not loss.requires_grad:
-        raise UserError("the loss has no graph to the embeddings; return it as it is to be trained on, not detached")
+    if wanted != {"output"}:
+        check_graph(loss)
     found = moments.begin_batch()
     found.count(rows, loss)
     if "output" in wanted:

@@ -51,6 +51,12 @@ def mean_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     return loss
 
 
+def check_graph(loss: Tensor) -> None:
+    """Refuses a loss that cannot be differentiated."""
+    if not loss.requires_grad:
+        raise UserError("the loss has no graph to the embeddings; return it as it is to be trained on, not detached")
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's parameters lie."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
