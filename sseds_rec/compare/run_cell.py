@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def _train(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> dic
     counts = count_tables(run.path(stages[-1], "checkpoint"))
     asked = None
     if cell.budget is not None:
-        asked = int(metrics["search"]["reached"]["parameters"]["of"] * cell.budget)
+        whole = metrics["search"]["reached"]["parameters"]["of"]
+        asked = int(Fraction(str(cell.budget)) * whole)  # as `Budget` counts
     pretraining = read_json(run.path("pretrain", "metrics.json")) if cell.pretraining is not None else {}
     return {
         **{key: trained[key] for key in ("auc", "logloss", "validation_auc", "parameters")},
