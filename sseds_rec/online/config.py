@@ -13,6 +13,8 @@ class OnlineConfig(BaseModel):
     Attributes:
         warm_up: the first windows, on which both models are trained before the first prediction. The last of them validates,
             and its rows score the search.
+        spare: share by which tables with a vocabulary are larger than the ids of all windows there are at the beginning: room
+            for the ids of windows to come.
         epochs: passes over a window once it has been predicted.
         learning_rate, table_learning_rate: of both models then; null for those of `train`.
         research_every: windows from one search to the next; null for the plan of the warm-up for ever.
@@ -25,6 +27,7 @@ class OnlineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     warm_up: int = Field(4, ge=2)
+    spare: float = Field(0.0, ge=0, le=100)
     epochs: int = Field(1, ge=1)
     learning_rate: float | None = Field(None, gt=0)
     table_learning_rate: float | None = Field(None, gt=0)

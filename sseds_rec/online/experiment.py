@@ -48,7 +48,8 @@ class Online(Pipeline):
 
     def __init__(self, config: Config, windows: Windows, run: RunDirectory, runtime: Runtime) -> None:
         self.windows, self.folder = windows, run.path("online")
-        warm_up = config.online.warm_up
+        warm_up, before = config.online.warm_up, runtime.from_main(self._settings)
+        windows.reserve(config.online.spare, before["table_rows"] if before else None)
         super().__init__(config, run, runtime, windows.warm_up(warm_up))
         _check(config, self.schema)
         if (name := one_class(windows[warm_up:])) is not None:
@@ -64,22 +65,27 @@ class Online(Pipeline):
         Raises:
             UserError: they differ from those that the run began with (names the key), or ids do not grow from window to window.
         """
-        path = self.folder / "settings.json"
         now = {
             "online": self.config.online.model_dump(),
             "windows": [window.name for window in self.windows],
-            "table_rows": self.windows[-1].table_rows,
+            "table_rows": {field.name: field.cardinality for field in self.schema.sparse_fields},
         }
 
         def check() -> None:
-            if path.exists():
-                _check_same(self.run, read_json(path), now)
+            if (before := self._settings()) is not None:
+                _check_same(self.run, before, now)
             else:
                 self.windows.check_ids()
 
         self.runtime.on_main(check)
         self.run.open(self.config, self.runtime)
-        self.runtime.on_main(lambda: write_json(path, now))
+        self.runtime.on_main(lambda: write_json(self.folder / "settings.json", now))
+
+    def _settings(self) -> dict[str, Any] | None:
+        """What the run began with, if it has."""
+        path = self.folder / "settings.json"
+        found: dict[str, Any] | None = read_json(path) if path.exists() else None
+        return found
 
     def follow(self, on_window: OnWindow = lambda base, slim: None) -> list[Record]:
         """Predicts and trains window by window, from the last finished one on; leaves `online/windows.csv` and `metrics.json`.
@@ -257,9 +263,3 @@ def _check_same(run: RunDirectory, before: dict[str, Any], now: dict[str, Any]) 
             f"{run.folder} was run on other windows ({missing} is no longer there, or has new ones before it); "
             "choose another --run-dir"
         )
-    for field, rows in now["table_rows"].items():
-        if before["table_rows"].get(field) != rows:
-            raise UserError(
-                f"{run.folder}: the new windows have new ids ({field}: {before['table_rows'].get(field)} rows, now {rows}), "
-                "for which the tables of this run have no room; choose another --run-dir"
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import overload
@@ -64,7 +65,7 @@ class Windows(Sequence[Window]):
         folder: has a folder for each window, with a prepared set.
 
     Attributes:
-        schema: of the last window: its tables have room for the ids of all.
+        schema: of the last window: its tables have room for the ids of all, see `reserve`.
 
     Raises:
         UserError: there are none, or one has other fields or other ids than the one before (names it).
@@ -89,6 +90,31 @@ class Windows(Sequence[Window]):
                 _check_fields(before, dataset)
             self._windows.append(Window(name, dataset, before.table_rows if before else None))
         self.schema = sets[-1][1].schema
+
+    def reserve(self, spare: float, begun_with: dict[str, int] | None) -> None:
+        """Gives the tables the rows of a run: those of the last window and room for ids to come, or what it began with.
+
+        Args:
+            spare: share of the last window's rows by which tables with a vocabulary are larger.
+            begun_with: rows of each field's table, of a run that has begun.
+
+        Raises:
+            UserError: windows that came since have more ids than that (names the field).
+        """
+        fields = []
+        for field in self.schema.fields:
+            rows = self[-1].table_rows.get(field.name)
+            if rows is not None:
+                room = math.ceil(rows * (1 + spare)) if field.vocabulary is not None else rows
+                room = begun_with[field.name] if begun_with else room
+                if rows > room:
+                    raise UserError(
+                        f"{self.folder}: field {field.name!r} has {rows:,} ids by now, and the tables of this run have room for "
+                        f"{room:,}; begin another --run-dir, with online.spare=0.5, say, for ids to come"
+                    )
+                field = field.model_copy(update={"cardinality": room})
+            fields.append(field)
+        self.schema = self.schema.model_copy(update={"fields": fields})
 
     def __len__(self) -> int:
         return len(self._windows)

@@ -191,6 +191,29 @@ def test_a_run_that_stops_after_every_window_has_the_same_result_and_goes_on_wit
     assert results(run)[:-2] == results(followed) and {row["window"] for row in results(run)[-2:]} == {"day-9"}
 
 
+def test_new_ids_of_later_windows_need_room(stream: Path, windows: Path, sseds: Sseds, tmp_path: Path) -> None:
+    """A stream that has ended with its fifth window goes on with all: its tables have the rows that were reserved."""
+    growing = tmp_path / "windows"
+    for number in range(5):
+        shutil.copytree(windows / f"day-{number}", growing / f"day-{number}")
+    for spare in (0, 1):
+        assert (
+            sseds(
+                "online", stream, "--windows", growing, "--run-dir", tmp_path / f"{spare}", f"online.spare={spare}"
+            ).code
+            == 0
+        )
+    for number in range(5, WINDOWS):
+        shutil.copytree(windows / f"day-{number}", growing / f"day-{number}")
+    refused = sseds("online", stream, "--windows", growing, "--run-dir", tmp_path / "0", "online.spare=0")
+    assert refused.code == 2 and "ids by now, and the tables of this run have room for" in refused.err
+    assert sseds("online", stream, "--windows", growing, "--run-dir", tmp_path / "1", "online.spare=1").code == 0
+    base = table(tmp_path / "1").filter(pl.col("model") == "base")
+    assert base["window"].to_list()[-1] == f"day-{WINDOWS - 1}"
+    assert len(set(base["embedding_parameters"])) == 1
+    assert base["embedding_parameters_in_use"].is_sorted() and base["embedding_parameters_in_use"].n_unique() > 2
+
+
 def test_two_ranks_with_sharded_tables(stream: Path, followed: Path, tmp_path: Path) -> None:
     settings = ["train.table_optimizer=rowwise_adagrad", "train.table_learning_rate=0.05", "online.returning=random"]
     for ranks in (1, 2):
