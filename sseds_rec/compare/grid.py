@@ -61,10 +61,14 @@ class Grid:
             (model, method, variant): [self._cell(model, method, variant, self.seeds[0], rates) for rates in self.tried]
             for model in section.models
             for method, variant in others
+            if not variant.endswith("without_retraining")
         }
         self._run("tuning the methods", [cell for cells in trials.values() for cell in cells], "trial", pool, report)
         for (model, method, variant), cells in trials.items():
             self._choose(model, method, variant, cells)
+        for model in section.models:
+            for method, variant in others:  # those that train nothing have nothing to tune
+                self.chosen.setdefault((model, method, variant), self.tried[0])
 
         full = [
             Cell(model, "full", None, seed, self.chosen[model, "full", ""])
