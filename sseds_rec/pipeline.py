@@ -136,7 +136,7 @@ class Pipeline:
         )
         if not (search.rescale_batches and scores.rotations):
             return scores
-        return rescale(model, self.scoring_batches(), scores, search.rescale_batches)
+        return rescale(model, self.scoring_batches("validation"), scores, search.rescale_batches)
 
     def audit(self, columns: int, num_batches: int | None) -> Audit:
         """Compares the search's scores with exact leave-one-out on validation batches; leaves `search/audit.json`."""
@@ -282,12 +282,12 @@ class Pipeline:
         """Makes a stage independent of what ran before it in this process."""
         torch.manual_seed(self.config.seed)
 
-    def scoring_batches(self) -> Loader:
-        """This rank's batches for a search, of rows drawn anew for each epoch of the loader."""
+    def scoring_batches(self, split: SplitName | None = None) -> Loader:
+        """This rank's batches for a search, of rows drawn anew for each epoch of the loader; of `search.split` if not given."""
         rows = self.config.search.batch_size
         size = rows // self.runtime.world_size if rows else None
         return self.loader(
-            self.config.search.split, shuffle=True, batch_size=size, prefetch=0
+            split or self.config.search.split, shuffle=True, batch_size=size, prefetch=0
         )  # few: a thread costs more
 
     def loader(
