@@ -38,8 +38,8 @@ def run_cell(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> N
         result = {"error": str(error)}
     write_json(own / RESULT, result)
     # Weights of hundreds of runs are of no use any more, but for what other cells start from.
-    for part in (Path("retrain"), Path("slim"), Path("search"), Path("retrain", "tensorboard")):
-        for name in ("checkpoint", "checkpoints"):
+    for part in ("retrain", "slim", "search"):
+        for name in ("checkpoint", "checkpoints", "tensorboard"):
             shutil.rmtree(own / part / name, ignore_errors=True)
 
 
