@@ -84,7 +84,7 @@ def _print(folder: Path, as_json: bool) -> None:
     page = write_compare_report(folder)
     found = read_json(folder / "compare.json")
     results = pl.read_parquet(folder / "results.parquet").filter(role="result")
-    means = results.group_by("model", "method", "budget").agg(pl.col("auc").mean(), pl.len().alias("seeds"))
+    means = results.group_by("model", "method", "budget").agg(pl.col("auc").mean(), pl.col("missed").any())
     for model in found["models"]:
         table = Table(title=f"{model}: test AUC, mean of seeds")
         table.add_column("method")
@@ -92,14 +92,17 @@ def _print(folder: Path, as_json: bool) -> None:
         for budget in columns:
             table.add_column("all" if budget is None else f"{budget:g}", justify="right")
         of_model = {
-            (row["method"], row["budget"]): row["auc"] for row in means.filter(model=model).iter_rows(named=True)
+            (row["method"], row["budget"]): f"{row['auc']:.4f}{'*' if row['missed'] else ''}"
+            for row in means.filter(model=model).iter_rows(named=True)
         }
-        for method in dict.fromkeys(method for method, _ in of_model):
-            cells = [of_model.get((method, budget)) for budget in columns]
-            table.add_row(method, *("" if auc is None else f"{auc:.4f}" for auc in cells))
+        ran = {method for method, _ in of_model}
+        for method in (one for one in dict.fromkeys(["full", *found["methods"]]) if one in ran):
+            table.add_row(method, *(of_model.get((method, budget), "") for budget in columns))
         console.print(table)
-    for cell in found["missing"]:
-        console.print(f"no result: {cell['run']}: {cell['why']}")
+    if means["missed"].any():
+        console.print("* above its budget")
+    for run, why in dict.fromkeys((cell["run"], cell["why"]) for cell in found["missing"]):
+        console.print(f"no result: {run}: {why}")
     console.print(f"compare: wrote {page}")
     names = ("results.parquet", "results.csv", "widths.parquet", "saliency.parquet")
     line = {"verb": "compare", "run_dir": str(folder), "page": str(page), "missing": found["missing"]}

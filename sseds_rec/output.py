@@ -97,10 +97,10 @@ def print_metrics(title: str, metrics: dict[str, Any]) -> None:
 def print_stability(search: dict[str, Any]) -> None:
     """How far other batches would have changed the plan, after a search."""
     overlap, batches = search.get("expected_overlap"), search["batches"]
-    if not batches:  # it knew the widths without any
+    if overlap is None and batches != 1:  # it took none, or trained on them
         return
     if overlap is None:
-        console.print(f"search: {batches} batch; two or more would tell how far others would change the plan")
+        console.print("search: 1 batch; two or more would tell how far others would change the plan")
     else:
         advice = (
             ""

@@ -10,7 +10,7 @@ from typing import Any
 
 from sseds_rec.compare.accounting import count_tables
 from sseds_rec.compare.cells import Cell
-from sseds_rec.config import Config
+from sseds_rec.config import Config, load_config
 from sseds_rec.distributed.runtime import runtime
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json, write_json
@@ -29,7 +29,8 @@ def run_cell(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> N
         cell: to run.
         config: of the comparison.
         folder: of the comparison.
-        leader: the cell whose search it shares, which has finished, if that is not its own.
+        leader: the cell whose search it shares, which has finished, if that is not its own. Where that search is of no use for
+            it, the cell has its own.
     """
     own = folder / cell.folder
     try:
@@ -38,8 +39,8 @@ def run_cell(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> N
         result = {"error": str(error)}
     write_json(own / RESULT, result)
     # Weights of hundreds of runs are of no use any more, but for what other cells start from.
-    for part in (Path("retrain"), Path("slim"), Path("search"), Path("retrain", "tensorboard")):
-        for name in ("checkpoint", "checkpoints"):
+    for part in ("retrain", "slim", "search"):
+        for name in ("checkpoint", "checkpoints", "tensorboard"):
             shutil.rmtree(own / part / name, ignore_errors=True)
 
 
@@ -50,7 +51,7 @@ def _train(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> dic
         run.open(config, place)
         if cell.pretraining is not None:
             _link(run.path("pretrain"), folder / cell.pretraining.folder / "pretrain")
-        if leader is not None:
+        if leader is not None and _serves(folder / leader.folder, cell):
             _link(run.path("search", "learned"), folder / leader.folder / "search" / "learned")
         stages = ["pretrain"]
         if cell.method != "full":
@@ -80,6 +81,13 @@ def _train(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> dic
         "retrain_seconds": metrics.get("retrain", {}).get("seconds", 0.0),
         "inference_samples_per_second": trained["inference_samples_per_second"],
     }
+
+
+def _serves(leader: Path, cell: Cell) -> bool:
+    """Whether a finished cell's search learned something, and for this cell's budget too."""
+    if "error" in read_json(leader / RESULT):
+        return False
+    return cell.method != "pep" or cell.budget in load_config(leader / "config.yaml").search.pep.budgets
 
 
 def _link(link: Path, target: Path) -> None:

@@ -72,9 +72,10 @@ class Online(Pipeline):
         }
 
         def check() -> None:
-            if (before := self._settings()) is not None:
+            before = self._settings()
+            if before is not None:
                 _check_same(self.run, before, now)
-            else:
+            if before is None or before["windows"] != now["windows"]:
                 self.windows.check_ids()
 
         self.runtime.on_main(check)

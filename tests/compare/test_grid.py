@@ -136,8 +136,9 @@ def _is_worker_of(folder: Path, pid: int) -> bool:
 
 
 def test_a_cell_that_fails_is_named_and_the_others_go_on(grid_config: Path, tmp_path: Path) -> None:
-    """Half a percent is less than one column of every table: `uniform` cannot keep it."""
-    options = ["--methods", "uniform,mde", "--budgets", "0.25,0.005", "--seeds", "1", "compare.learning_rates=[0.01]"]
+    """Half a percent is less than one column of every table: `uniform` cannot keep it, nor AutoDim, whose trials are there."""
+    options = ["--methods", "uniform,mde,autodim", "--budgets", "0.25,0.005", "--seeds", "1"]
+    options += ["compare.learning_rates=[0.01]", "search.autodim.epochs=1"]
     done = subprocess.run(
         _command(grid_config, tmp_path / "grid", *options, "--json"),
         check=True,
@@ -146,9 +147,21 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(grid_config: Path, tmp_
         env=_one_thread(),
     )
     missing = json.loads(done.stdout.splitlines()[-1])["missing"]
-    assert {cell["run"].split("/")[2:4][0] for cell in missing} == {"uniform", "mde"}
-    assert all("one column of every table costs" in cell["why"] for cell in missing)
-    assert set(_results(tmp_path / "grid").filter(role="result")["budget"]) == {0.25, None}
+    assert {cell["run"].split("/")[2] for cell in missing} == {"uniform", "mde", "autodim"}
+    assert all("of every table" in cell["why"] and "the budget is" in cell["why"] for cell in missing)
+    found = _results(tmp_path / "grid").filter(role="result").select("method", "budget")
+    assert set(found.iter_rows()) == {("full", None), ("uniform", 0.25), ("mde", 0.25), ("autodim", 0.25)}
+
+
+def test_budgets_that_are_asked_for_later_are_added(grid_config: Path, tmp_path: Path) -> None:
+    """Also of PEP, whose one search has kept the masks of the budgets that it was told."""
+    options = ["--methods", "pep", "--seeds", "1", "compare.learning_rates=[0.01]", "compare.tune_budget=0.5"]
+    options += ["search.pep={start: -7, learning_rate: 0.1, weight_decay: 0.01, epochs: 2}"]
+    for budgets in ("0.5", "0.5,0.25"):
+        command = _command(grid_config, tmp_path / "grid", *options, "--budgets", budgets)
+        subprocess.run(command, check=True, capture_output=True, env=_one_thread())
+    assert json.loads((tmp_path / "grid/compare.json").read_text())["missing"] == []
+    assert set(_results(tmp_path / "grid").filter(method="pep", role="result")["budget"]) == {0.5, 0.25}
 
 
 @pytest.mark.parametrize(

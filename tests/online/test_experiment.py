@@ -179,7 +179,7 @@ def _online(rank: int, world_size: int, stream: Path, folder: Path, settings: li
 
 
 def test_a_run_that_stops_after_every_window_has_the_same_result_and_goes_on_with_later_ones(
-    stream: Path, windows: Path, followed: Path, tmp_path: Path
+    stream: Path, windows: Path, followed: Path, sseds: Sseds, tmp_path: Path
 ) -> None:
     run, growing = tmp_path / "run", tmp_path / "windows"
     shutil.copytree(windows, growing)
@@ -189,6 +189,12 @@ def test_a_run_that_stops_after_every_window_has_the_same_result_and_goes_on_wit
     shutil.copytree(growing / f"day-{WINDOWS - 1}", growing / "day-9")  # with ids for which there is room
     assert run_ranks(1, _online, stream, run, settings, True) == [2]
     assert results(run)[:-2] == results(followed) and {row["window"] for row in results(run)[-2:]} == {"day-9"}
+    shutil.copytree(growing / "day-9", growing / "day-91")  # as many users, but others under the same ids
+    (vocabulary,) = (growing / "day-91/vocabulary").glob("user*")
+    values = pl.read_parquet(vocabulary)
+    values.with_columns(pl.col("value").reverse()).write_parquet(vocabulary)
+    refused = sseds("online", stream, "--run-dir", run, *settings)
+    assert refused.code == 2 and "day-91: ids of field 'user' are others than in window day-9" in refused.err
 
 
 def test_new_ids_of_later_windows_need_room(stream: Path, windows: Path, sseds: Sseds, tmp_path: Path) -> None:
