@@ -30,7 +30,9 @@ def compare(
     budgets: Annotated[str | None, typer.Option(help="Shares of the embedding parameters: 0.5,0.2,0.1,0.05.")] = None,
     models: Annotated[str | None, typer.Option(help="Names with commas: fm,deepfm,wide_deep.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many, from the config's seed on.")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Runs at a time; one a core if not given.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; one a core or GPU if not given.")
+    ] = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the comparison lives; runs/<name>_compare if not given.")
     ] = None,
@@ -41,11 +43,8 @@ def compare(
 
     options = {"budgets": budgets, "models": models, "seeds": seeds, "processes": processes}
     given = [f"compare.{key}={_list(value)}" for key, value in options.items() if value is not None]
-    if methods == "all":
-        from sseds_rec.compare.contestants import CONTESTANTS
-
-        methods = ",".join(CONTESTANTS)
-    given += [f"compare.methods={_list(methods)}"] if methods is not None else []
+    if methods is not None:
+        given.append(f"compare.methods={methods if methods == 'all' else _list(methods)}")
     _compare(load_config(config, [*(overrides or []), *given]), config, run_dir, as_json)
 
 
@@ -56,23 +55,27 @@ def _list(value: str | int) -> str | int:
 def _compare(config: Config, source: str, run_dir: Path | None, as_json: bool) -> None:
     from sseds_rec.compare.folder import open_comparison
     from sseds_rec.compare.grid import Grid
-    from sseds_rec.compare.pool import Pool
+    from sseds_rec.compare.pool import Pool, gpus_of
     from sseds_rec.compare.results import write_results
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("sseds compare starts processes of its own (compare.processes); start it as one process")
     folder = run_dir or Path("runs") / f"{config.name}_compare"
-    facts = open_comparison(folder, config, source)
+    config, facts = open_comparison(folder, config, source)
     grid = Grid(config, folder)
     begun, before = time.monotonic(), facts["seconds"]
-    pool = Pool(facts["processes"], folder, config.device == "cuda")
+
+    def save() -> None:
+        write_results(grid, {**facts, "seconds": before + time.monotonic() - begun})
+
+    pool = Pool(facts["processes"], folder, gpus_of(config))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that workers end with it
     try:
         with _Phases() as phases:
-            grid.run(pool, phases)
+            grid.run(pool, phases, save)
     finally:
         pool.close()
-        write_results(grid, {**facts, "seconds": before + time.monotonic() - begun})
+        save()
     _print(folder, as_json)
 
 
@@ -101,8 +104,8 @@ def _print(folder: Path, as_json: bool) -> None:
         console.print(table)
     if means["missed"].any():
         console.print("* above its budget")
-    for run, why in dict.fromkeys((cell["run"], cell["why"]) for cell in found["missing"]):
-        console.print(f"no result: {run}: {why}")
+    for cell in found["missing"]:
+        console.print(f"no result: {cell['run']}: {cell['why']}")
     console.print(f"compare: wrote {page}")
     names = ("results.parquet", "results.csv", "widths.parquet", "saliency.parquet")
     line = {"verb": "compare", "run_dir": str(folder), "page": str(page), "missing": found["missing"]}

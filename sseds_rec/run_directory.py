@@ -21,6 +21,7 @@ from sseds_rec.stages import STAGES, Stage
 
 #: Config section, or key, -> the first stage that it changes; what is not here, such as sharding.type, changes no result.
 _FIRST_STAGE = {"seed": 0, "data": 0, "model": 0, "sharding.comm_precision": 0, "train": 0, "search": 1, "retrain": 3}
+_FIRST_STAGE["search.pep.budgets"] = len(STAGES)  # only says what of its search is kept
 
 #: Keys of those sections that change none either.
 _CHECKPOINTING = {"checkpoint_steps", "keep_checkpoints", "async_checkpoints"}

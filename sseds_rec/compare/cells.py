@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,11 @@ class Cell:
     def config(self, config: Config) -> Config:
         """The config of its run."""
         section = config.compare
-        settings = {"compare": {}, "model.name": self.model, "seed": self.seed, "name": "-".join(self.folder.parts[1:])}
+        settings: dict[str, Any] = {
+            "model.name": self.model,
+            "seed": self.seed,
+            "name": "-".join(self.folder.parts[1:]),
+        }
         settings |= (self.base or self.rates).settings("train")
         if self.method != "full":
             settings |= self.rates.settings("retrain")
@@ -85,8 +89,11 @@ class Cell:
             settings |= {f"search.{key}": value for key, value in PAPER["search"].items()}
         if self.method == "drop_ids":
             settings["search.drop_fields"] = section.id_fields
+        if self.method == "deeplight":
+            settings |= {f"search.deeplight.{key}": value for key, value in asdict(self.rates).items()}
         if self.method == "pep":
             settings["search.pep.budgets"] = section.budgets
+        settings["compare"] = {}
         return with_settings(config, settings | self.contestant.of_variant(self.variant))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from sseds_rec.compare.contestants import CONTESTANTS
 
@@ -15,7 +15,7 @@ class CompareConfig(BaseModel):
     """The `compare` section: a grid of models x methods x budgets x seeds.
 
     Attributes:
-        methods: of `sseds_rec.compare.contestants`; without `id_fields` there is no `drop_ids`.
+        methods: of `sseds_rec.compare.contestants`; "all" for all of them, `drop_ids` only where there are `id_fields`.
         budgets: shares of the embedding parameters that may stay.
         models: of `model.name`.
         seeds: how many, from the config's `seed` on.
@@ -29,7 +29,7 @@ class CompareConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    methods: list[str] = Field(list(CONTESTANTS), min_length=1)
+    methods: list[str] | Literal["all"] = "all"
     budgets: list[_Share] = Field([0.5, 0.2, 0.1, 0.05], min_length=1)
     models: list[str] = Field(["fm", "deepfm", "wide_deep"], min_length=1)
     seeds: int = Field(3, ge=1)
@@ -40,13 +40,21 @@ class CompareConfig(BaseModel):
     ablations: bool = True
     processes: int | None = Field(None, ge=1)
 
-    @field_validator("methods")
-    @classmethod
-    def _known(cls, methods: list[str]) -> list[str]:
-        for name in methods:
+    @model_validator(mode="after")
+    def _known(self) -> CompareConfig:
+        for name in self.names:
             if name not in CONTESTANTS:
                 raise ValueError(f"no method named {name!r}; choose some of {', '.join(CONTESTANTS)}, or all")
-        return methods
+        if "drop_ids" in self.names and not self.id_fields:
+            raise ValueError("the method drop_ids needs the fields that it does without; set compare.id_fields")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The methods, by name."""
+        if self.methods == "all":
+            return [name for name in CONTESTANTS if name != "drop_ids" or self.id_fields]
+        return self.methods
 
     @field_validator("tune_budget")
     @classmethod
@@ -63,7 +71,9 @@ class CompareConfig(BaseModel):
 
     @field_validator("methods", "budgets", "models", "learning_rates", "embedding_l2")
     @classmethod
-    def _once(cls, values: list[object]) -> list[object]:
-        if len(set(values)) < len(values):
+    def _once(cls, values: list[object] | str) -> list[object] | str:
+        if not values:
+            raise ValueError("name one at least")
+        if len(set(values)) < len(values) and not isinstance(values, str):
             raise ValueError(f"{values} names one twice")
         return values

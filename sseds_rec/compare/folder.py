@@ -7,11 +7,13 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
+import torch
+
 from sseds_rec.compare.cells import Cell, grid_of_rates
-from sseds_rec.compare.pool import cores
-from sseds_rec.config import Config, changed_keys, load_config
+from sseds_rec.compare.pool import gpus_of, processes_of
+from sseds_rec.config import Config, changed_keys, load_config, with_settings
 from sseds_rec.data.dataset import open_dataset
-from sseds_rec.distributed.runtime import ALONE
+from sseds_rec.distributed.runtime import ALONE, Runtime
 from sseds_rec.errors import UserError
 from sseds_rec.files import read_json
 from sseds_rec.harness import pipeline_for
@@ -21,7 +23,7 @@ from sseds_rec.run_directory import RunDirectory, environment
 _GRID = {"methods", "budgets", "models", "seeds", "learning_rates", "embedding_l2", "ablations", "processes"}
 
 
-def open_comparison(folder: Path, config: Config, source: str) -> dict[str, Any]:
+def open_comparison(folder: Path, config: Config, source: str) -> tuple[Config, dict[str, Any]]:
     """Begins or goes on with a comparison.
 
     Args:
@@ -30,14 +32,19 @@ def open_comparison(folder: Path, config: Config, source: str) -> dict[str, Any]
         source: where it was read.
 
     Returns:
-        What `compare.json` says, with the seconds that earlier calls took.
+        The config, with the budget of the trials that the first call had, and what `compare.json` says, with the seconds that
+        earlier calls took.
 
     Raises:
         UserError: the folder is of another experiment (names the key), the data are missing, or no cell could run.
     """
     recorded = folder / "config.yaml"
-    if recorded.exists():
-        for key, (old, new) in changed_keys(load_config(recorded), config).items():
+    before = load_config(recorded) if recorded.exists() else None
+    if config.compare.tune_budget is None:
+        tuned_at = before.compare.tuned_at if before else config.compare.tuned_at
+        config = with_settings(config, {"compare.tune_budget": tuned_at})
+    if before is not None:
+        for key, (old, new) in changed_keys(before, config).items():
             if key.removeprefix("compare.") not in _GRID:
                 raise UserError(f"{folder} compares with {key}={old}, now it is {new}; choose another --run-dir")
     schema = open_dataset(config.data).schema
@@ -45,8 +52,8 @@ def open_comparison(folder: Path, config: Config, source: str) -> dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     config.save(recorded)
     section = config.compare
-    before = folder / "compare.json"
-    return {
+    written = folder / "compare.json"
+    return config, {
         "command": join(["sseds", *sys.argv[1:]]),
         "config": source,
         "data": {
@@ -55,15 +62,15 @@ def open_comparison(folder: Path, config: Config, source: str) -> dict[str, Any]
             "fields": len(schema.sparse_fields),
         },
         "models": section.models,
-        "methods": section.methods,
+        "methods": section.names,
         "budgets": section.budgets,
         "seeds": [config.seed + number for number in range(section.seeds)],
         "learning_rates": section.learning_rates,
         "embedding_l2": section.embedding_l2,
         "tune_budget": section.tuned_at,
-        "processes": section.processes or cores(),
-        "seconds": read_json(before)["seconds"] if before.exists() else 0.0,
-        "environment": environment(ALONE),
+        "processes": processes_of(config),
+        "seconds": read_json(written)["seconds"] if written.exists() else 0.0,
+        "environment": environment(Runtime(0, 1, torch.device("cuda" if gpus_of(config) else "cpu"))),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +15,12 @@ from sseds_rec.compare.pool import Pool
 from sseds_rec.compare.run_cell import RESULT, run_cell
 from sseds_rec.config import Config
 from sseds_rec.files import read_json
+from sseds_rec.models import MODELS
 
 Role = Literal["trial", "result", "ablation"]
+
+#: Between two times that results are written.
+_SAVE_SECONDS = 60.0
 
 #: Told of every phase: its name, its cells, and how many of them are done.
 Report = Callable[[str, int, int], None]
@@ -43,31 +48,44 @@ class Grid:
         section = self.config.compare
         self.seeds = [self.config.seed + number for number in range(section.seeds)]
         self.tried = grid_of_rates(section)
-        methods = [name for name in section.methods if name != "drop_ids" or section.id_fields]
-        self.methods: list[tuple[str, Variant]] = [(name, "") for name in methods]
-        if section.ablations:
-            self.methods += [(name, variant) for name in methods for variant in CONTESTANTS[name].ablations]
+        self.begun: set[Cell] = set()  # by this call
 
-    def run(self, pool: Pool, report: Report) -> None:
-        """Runs every cell that has no result yet."""
+    def entries(self, model: str) -> list[tuple[str, Variant]]:
+        """What is tuned and run of a model besides `full`: methods, then ablations, those of transforms where it has any."""
         section = self.config.compare
+        methods = [name for name in section.names if name != "full"]
+        found: list[tuple[str, Variant]] = [(name, "") for name in methods]
+        for name in methods if section.ablations else []:
+            own = CONTESTANTS[name].ablations
+            found += [(name, variant) for variant in own if MODELS[model].aligns or "_transform" not in variant]
+        return found
+
+    def run(self, pool: Pool, report: Report, save: Callable[[], None]) -> None:
+        """Runs every cell that has no result yet, and those that failed once more.
+
+        Args:
+            pool: runs them.
+            report: is told how far it is.
+            save: writes down what there is; called every minute or so.
+        """
+        section = self.config.compare
+        self._report, self._save = report, save
         bases = [Cell(model, "full", None, self.seeds[0], rates) for model in section.models for rates in self.tried]
-        self._run("tuning the full model", bases, "trial", pool, report)
+        self._run("tuning the full model", bases, "trial", pool)
         for model in section.models:
             self._choose(model, "full", "", [cell for cell in bases if cell.model == model])
 
-        others = [(method, variant) for method, variant in self.methods if method != "full"]
         trials = {
             (model, method, variant): [self._cell(model, method, variant, self.seeds[0], rates) for rates in self.tried]
             for model in section.models
-            for method, variant in others
+            for method, variant in self.entries(model)
             if not variant.endswith("without_retraining")
         }
-        self._run("tuning the methods", [cell for cells in trials.values() for cell in cells], "trial", pool, report)
+        self._run("tuning the methods", [cell for cells in trials.values() for cell in cells], "trial", pool)
         for (model, method, variant), cells in trials.items():
             self._choose(model, method, variant, cells)
         for model in section.models:
-            for method, variant in others:  # those that train nothing have nothing to tune
+            for method, variant in self.entries(model):  # those that train nothing have nothing to tune
                 self.chosen.setdefault((model, method, variant), self.tried[0])
 
         full = [
@@ -75,22 +93,22 @@ class Grid:
             for model in section.models
             for seed in self.seeds
         ]
-        self._run("full models of all seeds", full, "result", pool, report)
+        self._run("full models of all seeds", full, "result", pool)
         first = [
             self._cell(model, method, variant, seed, self.chosen[model, method, variant])
             for model in section.models
             for seed in self.seeds
-            for method, variant in others
+            for method, variant in self.entries(model)
         ]
-        self._run(f"budget {section.tuned_at:g}", [cell for cell in first if not cell.variant], "result", pool, report)
-        self._run("ablations", [cell for cell in first if cell.variant], "ablation", pool, report)
+        self._run(f"budget {section.tuned_at:g}", [cell for cell in first if not cell.variant], "result", pool)
+        self._run("ablations", [cell for cell in first if cell.variant], "ablation", pool)
         rest = [
             replace(cell, budget=budget)
             for budget in section.budgets
             for cell in first
             if cell.budget not in (None, budget) and not cell.variant
         ]
-        self._run("other budgets", rest, "result", pool, report)
+        self._run("other budgets", rest, "result", pool)
 
     def _cell(self, model: str, method: str, variant: Variant, seed: int, rates: Rates) -> Cell:
         """A cell at the budget of the trials."""
@@ -104,15 +122,24 @@ class Grid:
         best = max(found, key=lambda rates: found[rates].get("validation_auc", -math.inf))
         self.chosen[model, method, variant] = best
 
-    def _run(self, phase: str, cells: Iterable[Cell], role: Role, pool: Pool, report: Report) -> None:
-        cells = list(cells)
+    def _run(self, phase: str, cells: Iterable[Cell], role: Role, pool: Pool) -> None:
+        cells, report, saved = list(cells), self._report, time.monotonic()
         self.roles += [(cell, role) for cell in cells]
-        todo = [cell for cell in cells if not (self.folder / cell.folder / RESULT).exists()]
+        todo = [cell for cell in cells if self._is_due(cell)]
+        self.begun.update(todo)
         report(phase, len(cells) - len(todo), len(cells))
         todo.sort(key=lambda cell: not cell.contestant.learns)  # the longest first
         calls = [(cell, self.config, self.folder, self._leader(cell)) for cell in todo]
         for number, _ in enumerate(pool.run(run_cell, calls), start=len(cells) - len(todo) + 1):
             report(phase, number, len(cells))
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                self._save()
+                saved = time.monotonic()
+
+    def _is_due(self, cell: Cell) -> bool:
+        """Whether a cell has not run, or failed in an earlier call: what was in its way may be gone."""
+        path = self.folder / cell.folder / RESULT
+        return not path.exists() or ("error" in read_json(path) and cell not in self.begun)
 
     def _leader(self, cell: Cell) -> Cell | None:
         leader = cell.leader(self.config.compare.tuned_at)

@@ -10,9 +10,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from sseds_rec.errors import UserError
+from sseds_rec.output import silence_libraries
+
+if TYPE_CHECKING:
+    from sseds_rec.config import Config
 
 
 class Pool:
@@ -21,10 +27,10 @@ class Pool:
     Args:
         processes: how many.
         folder: gets `logs/`.
-        gpus: give each worker one GPU, in turn.
+        gpus: names of those that workers take in turn, one each.
     """
 
-    def __init__(self, processes: int, folder: Path, gpus: bool = False) -> None:
+    def __init__(self, processes: int, folder: Path, gpus: Sequence[str] = ()) -> None:
         context = get_context("spawn")
         numbers = context.SimpleQueue()
         for number in range(processes):
@@ -32,6 +38,7 @@ class Pool:
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         threads = max(1, cores() // processes)
+        gpus = list(gpus)
         self._executor = ProcessPoolExecutor(processes, context, _begin, (numbers, logs, threads, gpus))
         # Of the workers, which import torch before they are told anything.
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -69,18 +76,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _begin(numbers: Any, logs: Path, threads: int, gpus: bool) -> None:
+def gpus_of(config: Config) -> list[str]:
+    """The GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    count = torch.cuda.device_count() if config.device != "cpu" else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name.strip() for name in named.split(",")][:count] if named else [str(number) for number in range(count)]
+
+
+def processes_of(config: Config) -> int:
+    """How many runs at a time: as asked, or one a GPU, or one a core."""
+    return config.compare.processes or len(gpus_of(config)) or cores()
+
+
+def _begin(numbers: Any, logs: Path, threads: int, gpus: list[str]) -> None:
     number = numbers.get()
     log = os.open(logs / f"worker{number}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log, stream.fileno())
     if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]  # before anything asks CUDA
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
-
-    import torch
-
-    from sseds_rec.output import silence_libraries
 
     torch.set_num_threads(threads)
     silence_libraries()

@@ -12,51 +12,7 @@ from sseds_rec.compare.cells import Cell
 from sseds_rec.compare.grid import Grid
 from sseds_rec.compare.run_cell import RESULT
 from sseds_rec.files import read_json, write_atomic, write_json
-
-_RESULTS = {
-    "model": pl.String,
-    "method": pl.String,
-    "variant": pl.String,
-    "role": pl.String,
-    "budget": pl.Float64,
-    "seed": pl.Int64,
-    "learning_rate": pl.Float64,
-    "embedding_l2": pl.Float64,
-    "auc": pl.Float64,
-    "logloss": pl.Float64,
-    "validation_auc": pl.Float64,
-    "auc_before_retraining": pl.Float64,
-    "embedding_parameters": pl.Int64,
-    "stored_parameters": pl.Int64,
-    "budget_parameters": pl.Int64,
-    "missed": pl.Boolean,
-    "dense_bytes": pl.Int64,
-    "csr_bytes": pl.Int64,
-    "parameters": pl.Int64,
-    "pretrain_seconds": pl.Float64,
-    "search_seconds": pl.Float64,
-    "retrain_seconds": pl.Float64,
-    "inference_samples_per_second": pl.Float64,
-    "run": pl.String,
-}
-_WIDTHS = {
-    "model": pl.String,
-    "method": pl.String,
-    "budget": pl.Float64,
-    "seed": pl.Int64,
-    "field": pl.String,
-    "rows": pl.Int64,
-    "original_dim": pl.Int64,
-    "dim": pl.Int64,
-}
-_SALIENCY = {
-    "model": pl.String,
-    "method": pl.String,
-    "seed": pl.Int64,
-    "field": pl.String,
-    "column": pl.Int64,
-    "score": pl.Float64,
-}
+from sseds_rec.report.compare_artefacts import RESULTS, SALIENCY, WIDTHS
 
 
 def write_results(grid: Grid, facts: dict[str, Any]) -> None:
@@ -66,25 +22,26 @@ def write_results(grid: Grid, facts: dict[str, Any]) -> None:
         grid: its cells may be done or not.
         facts: what `compare.json` says besides of the cells that are missing, or failed.
     """
-    rows, missing = [], []
+    rows: list[dict[str, Any]] = []
+    missing: dict[str, dict[str, str]] = {}  # a cell may have two roles
     for cell, role in grid.roles:
         path = grid.folder / cell.folder / RESULT
         found = read_json(path) if path.exists() else {"error": "not run yet"}
         if "auc" in found:
             rows.append({**_of(cell), "role": role, **found, "missed": _missed(found)})
         else:
-            missing.append({"run": str(cell.folder), "role": role, "why": found["error"]})
+            missing[str(cell.folder)] = {"run": str(cell.folder), "role": role, "why": found["error"]}
     widths, saliency = [], []
     for cell in {cell for cell, role in grid.roles if role == "result"}:
         widths += _widths(grid.folder, cell)
         if cell.method in ("sseds", "sseds_paper") and cell.budget == grid.config.compare.tuned_at:
             saliency += _saliency(grid.folder, cell)
-    results = pl.DataFrame(rows, _RESULTS)
+    results = pl.DataFrame(rows, RESULTS)
     _write(grid.folder / "results.parquet", results)
     write_atomic(grid.folder / "results.csv", results.write_csv)
-    _write(grid.folder / "widths.parquet", pl.DataFrame(widths, _WIDTHS, orient="row").sort(list(_WIDTHS)[:4]))
-    _write(grid.folder / "saliency.parquet", pl.DataFrame(saliency, _SALIENCY, orient="row").sort(list(_SALIENCY)[:3]))
-    write_json(grid.folder / "compare.json", {**facts, "missing": missing})
+    _write(grid.folder / "widths.parquet", pl.DataFrame(widths, WIDTHS, orient="row").sort(list(WIDTHS)[:4]))
+    _write(grid.folder / "saliency.parquet", pl.DataFrame(saliency, SALIENCY, orient="row").sort(list(SALIENCY)[:3]))
+    write_json(grid.folder / "compare.json", {**facts, "missing": list(missing.values())})
 
 
 def _of(cell: Cell) -> dict[str, Any]:

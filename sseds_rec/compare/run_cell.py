@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import traceback
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from sseds_rec.compare.accounting import count_tables
 from sseds_rec.compare.cells import Cell
 from sseds_rec.config import Config, load_config
 from sseds_rec.distributed.runtime import runtime
-from sseds_rec.errors import UserError
+from sseds_rec.errors import Preempted, user_message
 from sseds_rec.files import read_json, write_json
 from sseds_rec.harness import pipeline_for
 from sseds_rec.run_directory import RunDirectory
@@ -35,8 +36,15 @@ def run_cell(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> N
     own = folder / cell.folder
     try:
         result = _train(cell, cell.config(config), folder, leader)
-    except UserError as error:  # of this cell alone: a loss that is not finite, a budget that holds no column
-        result = {"error": str(error)}
+    except Preempted:
+        raise
+    except (
+        Exception
+    ) as error:  # of this cell alone: a loss that is not finite, a budget that holds no column, no memory
+        if (message := user_message(error)) is None:
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {error} (the traceback is in logs/)"
+        result = {"error": message}
     write_json(own / RESULT, result)
     # Weights of hundreds of runs are of no use any more, but for what other cells start from.
     for part in ("retrain", "slim", "search"):

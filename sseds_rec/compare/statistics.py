@@ -71,7 +71,7 @@ class Ranking:
         budget: fraction of the embedding parameters.
         pairs: number of (model, seed) cells that all ranked methods have.
         methods: the ranked ones, by mean test AUC, the best first.
-        unranked: method -> number of cells it has, too few to rank it.
+        unranked: method -> number of cells it has, of those that have too few, or missed the budget.
     """
 
     budget: float
@@ -127,14 +127,14 @@ def rank_methods(results: pl.DataFrame, budget: float, chosen: str = "sseds") ->
     """Ranks the methods of one budget by mean test AUC, and compares each with the best one and with a chosen one.
 
     All ranked methods are compared on the same cells: those which all of them have. A method with fewer than half of the
-    cells of the fullest one is not ranked, lest it take the others' cells away. Methods without a budget (the full model)
-    are compared but get no rank.
+    cells of the fullest one is not ranked, lest it take the others' cells away, nor is one that missed its budget: it had
+    more to spend. Methods without a budget (the full model) are compared but get no rank.
 
     The p values against the chosen method are corrected for the number of methods (Holm). The best method is picked by
     the same numbers that then test it, so those against it are corrected for all pairs of methods.
 
     Args:
-        results: columns model, method, budget, seed, auc; one row a trained model.
+        results: columns model, method, budget, seed, auc, missed; one row a trained model.
         budget: fraction of the embedding parameters, as in the column.
         chosen: the method that the comparison is about, picked before the numbers were seen.
     """
@@ -142,7 +142,9 @@ def rank_methods(results: pl.DataFrame, budget: float, chosen: str = "sseds") ->
     budgeted = set(frame.filter(pl.col("budget").is_not_null())["method"])
     counts = dict(frame.group_by("method", maintain_order=True).len().iter_rows())
     most = max((counts[method] for method in budgeted), default=0)
-    names = [method for method, n in counts.items() if 2 * n >= most]
+    missed = set(frame.filter("missed")["method"])
+    names = [method for method, n in counts.items() if 2 * n >= most and method not in missed]
+    budgeted -= missed
     wide = frame.pivot(on="method", index=["model", "seed"], values="auc").select(names).drop_nulls()
     auc = {method: wide[method].to_numpy() for method in names} if wide.height else {}
     ranks = _mean_ranks({method: values for method, values in auc.items() if method in budgeted})

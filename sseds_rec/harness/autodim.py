@@ -74,7 +74,7 @@ class Autodim(FromScratch):
     def _learn(self) -> None:
         self._seed()
         own, folder = self.config.search.autodim, self.run.path("search", "learned")
-        train = self.config.train.model_copy(update={"epochs": own.epochs, "patience": own.epochs})
+        train = self.config.train.until_the_end(own.epochs)
         model = build_model(self.config.model, self.schema, train.embedding_l2)
         names, dim = names_in_scores(self.schema), self.config.model.embedding_dim
         mixture = Mixture(list(names), dim, own.candidates(dim), own.annealing, self.config.seed)

@@ -19,7 +19,7 @@ from sseds_rec.training.trainer import Loaders, Trainer
 
 
 class DeepLight(Masked):
-    """Trains the pretrained model on, at the rates of `retrain`, and prunes it; `retrain` goes on with the mask fixed."""
+    """Trains the pretrained model on and prunes it on the way; `retrain` goes on from there with the mask fixed."""
 
     needs: ClassVar[Mapping[Stage, Stage]] = {**Masked.needs, "search": "pretrain"}
 
@@ -28,7 +28,9 @@ class DeepLight(Masked):
         self.run.require("search", "pretrain")
         self._seed()
         config = self.config.search.deeplight
-        train = self._until_the_end(self.config.retrain_as_train(), config.epochs)
+        own = config.model_dump(include={"learning_rate", "embedding_l2"}, exclude_none=True)
+        own |= {"table_learning_rate": None} if "learning_rate" in own else {}
+        train = self.config.train.model_copy(update=own).until_the_end(config.epochs)
         sharded = self._shard(build_model(self.config.model, self.schema, train.embedding_l2), train)
         load_weights(self.run.path("pretrain", "checkpoint"), sharded)
         loaders = Loaders(self.loader("train", shuffle=True, drop_last=True), self.loader("validation"))

@@ -79,10 +79,6 @@ class Masked(Pipeline):
     def _masks(self) -> Path:
         return self.run.path("search", "checkpoint")
 
-    def _until_the_end(self, train: TrainConfig, epochs: int) -> TrainConfig:
-        """A training section for a search, which stops early by its own rule only."""
-        return train.model_copy(update={"epochs": epochs, "patience": epochs, "reduce_patience": None})
-
     def _found(self, sharded: DistributedModelParallel, seconds: float, search: dict[str, Any]) -> dict[str, Any]:
         """Writes down a search whose tables are pruned now.
 

@@ -128,7 +128,7 @@ class Pep(Masked):
         """Trains weights and thresholds until all budgets have been passed, or the epochs are over."""
         self._seed()
         folder, config = self._folder(), self.config.search.pep
-        train = self._until_the_end(self.config.train, config.epochs)
+        train = self.config.train.until_the_end(config.epochs)
         sharded = self._gated(train.embedding_l2)
         trainer = Trainer(
             sharded,

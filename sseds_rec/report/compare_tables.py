@@ -15,7 +15,6 @@ from sseds_rec.report.numbers import count, number, percent, text
 
 CHOSEN = "sseds"  # the method that all others are compared with
 FULL = "full"
-MISSED = {True: "above it", False: "short of it"}
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,6 @@ def results_table(grid: Grid) -> Table:
 
 
 def ranking_table(grid: Grid, ranking: Ranking) -> Table:
-    own = grid.results.filter(pl.col("budget") == ranking.budget).group_by("method")
-    missed = {method: (over, n) for method, over, n in own.agg(pl.col("missed").sum(), pl.len()).iter_rows()}
     of_model = {
         model: rank_methods(grid.results.filter(pl.col("model") == model), ranking.budget) for model in grid.models
     }
@@ -105,18 +102,17 @@ def ranking_table(grid: Grid, ranking: Ranking) -> Table:
             *_compared(ranked.to_best),
             verdict(ranked, ranking),
             *_compared(ranked.to_chosen),
-            _missed(*missed.get(ranked.method, (0, 0))),
         ]
         for ranked in ranking.methods
     ]
     unranked = "; ".join(f"{method} ({n})" for method, n in ranking.unranked.items())
-    left_out = f" Not ranked, with too few cells in common with the others: {unranked}." if unranked else ""
+    left_out = f" Not ranked, since they missed the budget or have too few cells: {unranked}." if unranked else ""
     return Table(
         id=f"ranking-{ranking.budget:g}",
         title=f"Ranking at {percent(ranking.budget)} of the embedding parameters, n = {ranking.pairs}",
         columns=[
             "Method", "Mean rank", "Mean AUC", "Less the best", "95 % interval to it", "p to it", "Verdict",
-            f"Less {CHOSEN}", f"95 % interval to {CHOSEN}", f"p to {CHOSEN}", "Missed",
+            f"Less {CHOSEN}", f"95 % interval to {CHOSEN}", f"p to {CHOSEN}",
         ],
         rows=rows,
         note=f"n = {ranking.pairs}: the (model, seed) pairs that all of these methods have. Best mean of each model by "
@@ -140,16 +136,15 @@ def missed_table(grid: Grid) -> Table | None:
     rows = []
     for row in frame.rows(named=True):
         asked = row["budget_parameters"]
-        above = asked is not None and (row["embedding_parameters"] or 0) > asked
         name = f"{row['method']} {row['variant']}".strip()
         where = [row["model"], name, percent(row["budget"]), str(row["seed"])]
-        rows.append([*where, count(row["embedding_parameters"]), count(asked), MISSED[above]])
+        rows.append([*where, count(row["embedding_parameters"]), count(asked)])
     if not rows:
         return None
     return Table(
         id="missed",
         title="Models that missed their budget",
-        columns=["Model", "Method", "Budget", "Seed", "Embedding parameters", "Asked", "Reached"],
+        columns=["Model", "Method", "Budget", "Seed", "Embedding parameters", "Asked"],
         rows=rows,
         note="They are in all figures and tables, at what they reached.",
         heads=4,

@@ -67,6 +67,10 @@ class TrainConfig(BaseModel):
         """The tables' learning rate."""
         return self.learning_rate if self.table_learning_rate is None else self.table_learning_rate
 
+    def until_the_end(self, epochs: int) -> TrainConfig:
+        """This section for a search, which trains for so many epochs whatever validation says."""
+        return self.model_copy(update={"epochs": epochs, "patience": epochs, "reduce_patience": None})
+
     @field_validator("optimizer")
     @classmethod
     def _of_torch(cls, name: str) -> str:

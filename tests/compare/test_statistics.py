@@ -28,7 +28,16 @@ def grid(auc: dict[str, list[float]], seeds: int = 3, budget: float | None = 0.1
         for method, values in auc.items()
         for i, value in enumerate(values)
     ]
-    return pl.DataFrame(rows, schema_overrides={"budget": pl.Float64})
+    return pl.DataFrame(rows, schema_overrides={"budget": pl.Float64}).with_columns(missed=pl.lit(False))
+
+
+def test_a_method_that_missed_its_budget_is_not_ranked() -> None:
+    """It had more to spend than the others; one cell of it is enough."""
+    frame = grid({"a": [0.7] * 3, "b": [0.8, 0.9, 0.8], "c": [0.6] * 3})
+    over = (pl.col("method") == "b") & (pl.col("seed") == 1)
+    ranking = rank_methods(frame.with_columns(missed=over), 0.1, chosen="a")
+    assert [ranked.method for ranked in ranking.methods] == ["a", "c"] and ranking.unranked == {"b": 3}
+    assert ranking.best is ranking.methods[0]
 
 
 def test_means_and_deviations_leave_out_what_is_missing() -> None:

@@ -93,10 +93,11 @@ def test_ranking_is_paired_within_model_and_seed(finished: tuple[Path, Page]) ->
             .sort("model", "seed")["auc"]
             .to_numpy()
             for method in FEW
+            if (method, budget) != ("pep", 0.5)  # which missed it
         }
         assert [row["Method"] for row in rows] == sorted(auc, key=lambda method: -auc[method].mean())
         for row in rows:
-            own, best = auc[row["Method"]], max((auc[m] for m in FEW if m != "full"), key=np.mean)
+            own, best = auc[row["Method"]], max((auc[m] for m in auc if m != "full"), key=np.mean)
             assert value(row["Mean AUC"]) == pytest.approx(own.mean(), abs=5.001e-5)
             if row["Verdict"] != "best":
                 assert value(row["Less the best"]) == pytest.approx((own - best).mean(), abs=5.001e-5)
@@ -194,7 +195,7 @@ def test_what_missed_its_budget_and_what_is_not_finished_is_named(finished: tupl
     folder, page = finished
     (row,) = table(page, "Asked")
     asked = of(results(folder), model="fm", method="pep", budget=0.5, seed=1)["budget_parameters"].item()
-    assert list(row.values()) == ["fm", "pep", shown(0.5), "1", f"{asked + 1234:,}", f"{asked:,}", "above it"]
+    assert list(row.values()) == ["fm", "pep", shown(0.5), "1", f"{asked + 1234:,}", f"{asked:,}"]
     assert "1 model missed the budget" in page.text and "2 cells are not finished" in page.text
     assert "model deepfm, method mde, budget 0.1, seed 2" in page.text and "fm autodim 5 %" in page.text
 
@@ -260,7 +261,7 @@ def test_a_method_with_too_few_cells_is_not_ranked(tmp_path: Path) -> None:
     rewrite(folder, lambda frame: frame.filter((pl.col("method") != "mde") | (pl.col("seed") == 0)))
     page = Page(write_compare_report(folder))
     assert [row["Method"] for row in table(page, "Verdict")] == ["sseds", "uniform"]
-    assert "too few cells in common with the others: mde (1)" in page.text
+    assert "since they missed the budget or have too few cells: mde (1)" in page.text
 
 
 def test_the_words_claim_no_more_than_the_test(tmp_path: Path) -> None:

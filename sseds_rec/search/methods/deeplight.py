@@ -29,6 +29,7 @@ class DeepLightConfig(BaseModel):
 
     Attributes:
         epochs: of training with pruning.
+        learning_rate, embedding_l2: of that training; null for those of `train`.
         damping: D.
         damping_steps: u.
         every: steps between two prunings.
@@ -37,6 +38,8 @@ class DeepLightConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     epochs: int = Field(2, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    embedding_l2: float | None = Field(None, ge=0)
     damping: float = Field(0.99, gt=0, lt=1)
     damping_steps: float = Field(100.0, gt=0)
     every: int = Field(10, ge=1)
