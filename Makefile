@@ -25,7 +25,7 @@ demo: $(STAMP) ## train, search, slim and retrain on real flights; write a repor
 
 .PHONY: test
 test: $(STAMP) tools ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: lint
 lint: $(STAMP) ## check style and types

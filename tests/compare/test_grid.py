@@ -15,6 +15,10 @@ import polars as pl
 import pytest
 
 from sseds_rec.compare.accounting import count_tables
+from sseds_rec.compare.cells import Cell, Rates
+from sseds_rec.compare.contestants import CONTESTANTS
+from sseds_rec.compare.grid import Grid
+from sseds_rec.config import load_config
 from tests.command import Command
 
 Sseds = Callable[..., Command]
@@ -185,3 +189,42 @@ def test_another_experiment_needs_another_folder(sseds: Sseds, grid_config: Path
     done = sseds("compare", grid_config, "--run-dir", compared, "train.epochs=2")
     assert done.code == 2
     assert "compares with train.epochs=1, now it is 2; choose another --run-dir" in done.err
+
+
+def test_ablations_start_otherwise_and_only_where_there_are_transforms(grid_config: Path) -> None:
+    config = load_config(grid_config, ["compare.ablations=true", "compare.models=[fm,wide_deep]"])
+    grid = Grid(config, Path("none"))
+    found = {}
+    for method, variant in grid.entries("fm"):
+        if method in ("sseds", "sseds_paper"):
+            retrain = Cell("fm", method, 0.25, 7, grid.tried[0], grid.tried[1], variant).config(config).retrain
+            found[method, variant] = (retrain.transform, retrain.tables, retrain.epochs)
+    assert found == {
+        ("sseds", ""): ("select", "ticket", None),
+        ("sseds", "without_ticket"): ("select", "random", None),
+        ("sseds", "random_transform"): ("random", "ticket", None),
+        ("sseds", "random_transform_without_ticket"): ("random", "random", None),
+        ("sseds", "random_transform_without_retraining"): ("random", "ticket", 0),
+        ("sseds_paper", ""): ("random", "ticket", None),
+        ("sseds_paper", "without_ticket"): ("random", "random", None),
+        ("sseds_paper", "without_retraining"): ("random", "ticket", 0),
+        ("sseds_paper", "select_transform"): ("select", "ticket", None),
+        ("sseds_paper", "select_transform_without_ticket"): ("select", "random", None),
+    }
+    assert not any("_transform" in variant for _, variant in grid.entries("wide_deep"))
+
+
+@pytest.mark.parametrize("method", CONTESTANTS)
+def test_a_cell_is_trained_at_the_rates_that_it_is_tuned_by(grid_config: Path, method: str) -> None:
+    """What comes before its search is the full model's, at the rates of that."""
+    config = load_config(grid_config)
+    own, base = Rates(0.02, 0.5), Rates(0.04, 0.25)
+    pretrained = CONTESTANTS[method].pretrained and method != "full"
+    made = Cell("fm", method, 0.25, 7, own, base if pretrained else None).config(config)
+    before = base if pretrained else own
+    assert (made.train.learning_rate, made.train.embedding_l2) == (before.learning_rate, before.embedding_l2)
+    if method != "full":
+        after = made.retrain_as_train()
+        assert (after.learning_rate, after.embedding_l2) == (own.learning_rate, own.embedding_l2)
+    if method == "deeplight":
+        assert (made.search.deeplight.learning_rate, made.search.deeplight.embedding_l2) == (0.02, 0.5)
