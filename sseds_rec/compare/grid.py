@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sseds_rec.compare.cells import Cell, Rates, grid_of_rates
 from sseds_rec.compare.contestants import CONTESTANTS, Variant
 from sseds_rec.compare.pool import Pool
-from sseds_rec.compare.run_cell import RESULT, run_cell
+from sseds_rec.compare.run_cell import RESULT, is_above, run_cell
 from sseds_rec.config import Config
 from sseds_rec.files import read_json
 from sseds_rec.models import MODELS
@@ -118,9 +118,14 @@ class Grid:
         return Cell(model, method, budget, seed, rates, base, variant)
 
     def _choose(self, model: str, method: str, variant: Variant, trials: Sequence[Cell]) -> None:
+        """The rates with the best validation AUC; of trials within their budget, if there are any."""
         found = {cell.rates: self.result(cell) for cell in trials}
-        best = max(found, key=lambda rates: found[rates].get("validation_auc", -math.inf))
-        self.chosen[model, method, variant] = best
+
+        def worth(rates: Rates) -> tuple[bool, float]:
+            trial = found[rates]
+            return "auc" in trial and not is_above(trial), trial.get("validation_auc", -math.inf)
+
+        self.chosen[model, method, variant] = max(found, key=worth)
 
     def _run(self, phase: str, cells: Iterable[Cell], role: Role, pool: Pool) -> None:
         cells, report, saved = list(cells), self._report, time.monotonic()

@@ -10,7 +10,7 @@ import polars as pl
 
 from sseds_rec.compare.cells import Cell
 from sseds_rec.compare.grid import Grid
-from sseds_rec.compare.run_cell import RESULT
+from sseds_rec.compare.run_cell import RESULT, is_above
 from sseds_rec.files import read_json, write_atomic, write_json
 from sseds_rec.report.compare_artefacts import RESULTS, SALIENCY, WIDTHS
 
@@ -28,7 +28,7 @@ def write_results(grid: Grid, facts: dict[str, Any]) -> None:
         path = grid.folder / cell.folder / RESULT
         found = read_json(path) if path.exists() else {"error": "not run yet"}
         if "auc" in found:
-            rows.append({**_of(cell), "role": role, **found, "missed": _missed(found)})
+            rows.append({**_of(cell), "role": role, **found, "missed": is_above(found)})
         else:
             missing[str(cell.folder)] = {"run": str(cell.folder), "role": role, "why": found["error"]}
     widths, saliency = [], []
@@ -55,11 +55,6 @@ def _of(cell: Cell) -> dict[str, Any]:
         "embedding_l2": cell.rates.embedding_l2,
         "run": str(cell.folder),
     }
-
-
-def _missed(found: dict[str, Any]) -> bool:
-    asked = found["budget_parameters"]
-    return asked is not None and found["embedding_parameters"] > asked
 
 
 def _widths(folder: Path, cell: Cell) -> list[tuple[Any, ...]]:

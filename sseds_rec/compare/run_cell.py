@@ -91,6 +91,12 @@ def _train(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> dic
     }
 
 
+def is_above(result: dict[str, Any]) -> bool:
+    """Whether what a cell left missed its budget."""
+    asked = result["budget_parameters"]
+    return asked is not None and result["embedding_parameters"] > asked
+
+
 def _serves(leader: Path, cell: Cell) -> bool:
     """Whether a finished cell's search learned something, and for this cell's budget too."""
     if "error" in read_json(leader / RESULT):
