@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,15 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from sseds_rec.cli import main
 from sseds_rec.data.table import prepare_table
 from tests.command import Command
+
+# One thread in each process, those that tests start too: all add in the same order, and two of them fill two cores.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 CONFIG = """
 name: small

@@ -25,6 +25,7 @@ from sseds_rec.distributed.sharding import table_constraints
 from sseds_rec.distributed.sharding_config import ShardingConfig
 from sseds_rec.distributed.workload import Shape, Workload, tables_only
 from sseds_rec.models.ctr import build_model, build_slim_model, plan_for
+from sseds_rec.output import console
 from tests.command import Command
 from tests.search.problems import STATES, make_scores
 
@@ -218,7 +219,7 @@ def test_what_fits_the_asked_cluster_has_a_smallest_one() -> None:
 @pytest.mark.parametrize("width", [80, 60])
 def test_no_number_is_cut_off(width: int, billion: Path, sseds: Sseds, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small parts have long numbers, and a device hundreds of times too small the shortest bar."""
-    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(console, "width", width)
     done = sseds("forecast", billion / "tables.json", "--plan", billion / "plan.json", "--cluster", "1x1xT4", "--json")
     assert done.code == 0, done.err
     start, end = done.out.index("\u250f"), done.out.index("\u2518")
