@@ -55,18 +55,23 @@ def against_ours(results: pl.DataFrame, budgets: list[float]) -> None:
 
 
 def costs(results: pl.DataFrame, budget: float) -> None:
-    """Seconds and their ratios at one budget, means over models and seeds; PEP and AutoDim search once for all budgets."""
+    """Seconds, their ratios and sizes at one budget, means over models and seeds; PEP and AutoDim search once for all budgets."""
     at = results.filter((pl.col("budget") == budget) | pl.col("budget").is_null())
-    seconds = ["pretrain_seconds", "search_seconds", "retrain_seconds", "inference_samples_per_second"]
-    means = at.group_by("method", maintain_order=True).agg(pl.col(seconds).mean())
+    columns = [
+        "pretrain_seconds",
+        "search_seconds",
+        "retrain_seconds",
+        "inference_samples_per_second",
+        "stored_parameters",
+    ]
+    means = at.group_by("method", maintain_order=True).agg(pl.col(columns).mean())
     own = means.filter(method="sseds")["search_seconds"].item()
     print()
-    header("method", "pretrain s", "search s", "search / sseds", "retrain s", "rows/s in inference")
+    header("method", "pretrain s", "search s", "search / sseds", "retrain s", "rows/s in inference", "stored")
     for cell in means.iter_rows(named=True):
-        pretrain, search, retrain, speed = (cell[name] for name in seconds)
-        row(
-            cell["method"], f"{pretrain:.1f}", f"{search:.2f}", f"{search / own:.2f}", f"{retrain:.1f}", f"{speed:,.0f}"
-        )
+        pretrain, search, retrain, speed, stored = (cell[name] for name in columns)
+        seconds = f"{pretrain:.1f}", f"{search:.2f}", f"{search / own:.2f}", f"{retrain:.1f}"
+        row(cell["method"], *seconds, f"{speed:,.0f}", f"{stored:,.0f}")
 
 
 def main() -> None:
