@@ -119,7 +119,7 @@ def _killed(processes: list[Any]) -> Iterator[None]:
 def _is_stopped(pid: int | None) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
         return False
 
 
