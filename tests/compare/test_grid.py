@@ -46,16 +46,12 @@ def grid_config(config: Path) -> Path:
 def compared(grid_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished comparison."""
     folder = tmp_path_factory.mktemp("compare") / "grid"
-    subprocess.run(_command(grid_config, folder), check=True, capture_output=True, env=_one_thread())
+    subprocess.run(_command(grid_config, folder), check=True, capture_output=True)
     return folder
 
 
 def _command(config: Path, folder: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "sseds_rec", "compare", str(config), "--run-dir", str(folder), *options]
-
-
-def _one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def _results(folder: Path) -> pl.DataFrame:
@@ -107,9 +103,7 @@ def test_methods_that_start_from_a_trained_model_share_the_tuned_one(compared: P
 def test_killed_it_goes_on_to_the_same_numbers(compared: Path, grid_config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "grid"
     options = ["--methods", "uniform,sseds", "--budgets", "0.25", "--seeds", "1"]
-    with subprocess.Popen(
-        _command(grid_config, folder, *options), env=_one_thread(), stderr=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen(_command(grid_config, folder, *options), stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 120
         while len(done := list(folder.glob("cells/**/result.json"))) < 2:
             assert time.monotonic() < deadline and process.poll() is None
@@ -119,7 +113,7 @@ def test_killed_it_goes_on_to_the_same_numbers(compared: Path, grid_config: Path
         assert time.monotonic() < deadline  # workers end with their parent
         time.sleep(0.1)
     before = {path: path.stat().st_mtime_ns for path in done}
-    subprocess.run(_command(grid_config, folder, *options), check=True, capture_output=True, env=_one_thread())
+    subprocess.run(_command(grid_config, folder, *options), check=True, capture_output=True)
     assert {path: path.stat().st_mtime_ns for path in done} == before
     key = ["method", "budget", "seed", "learning_rate"]
     columns = [*key, "auc", "logloss", "embedding_parameters"]
@@ -148,7 +142,6 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(grid_config: Path, tmp_
         check=True,
         capture_output=True,
         text=True,
-        env=_one_thread(),
     )
     missing = json.loads(done.stdout.splitlines()[-1])["missing"]
     assert {cell["run"].split("/")[2] for cell in missing} == {"uniform", "mde", "autodim"}
@@ -163,7 +156,7 @@ def test_budgets_that_are_asked_for_later_are_added(grid_config: Path, tmp_path:
     options += ["search.pep={start: -7, learning_rate: 0.1, weight_decay: 0.01, epochs: 2}"]
     for budgets in ("0.5", "0.5,0.25"):
         command = _command(grid_config, tmp_path / "grid", *options, "--budgets", budgets)
-        subprocess.run(command, check=True, capture_output=True, env=_one_thread())
+        subprocess.run(command, check=True, capture_output=True)
     assert json.loads((tmp_path / "grid/compare.json").read_text())["missing"] == []
     assert set(_results(tmp_path / "grid").filter(method="pep", role="result")["budget"]) == {0.5, 0.25}
 

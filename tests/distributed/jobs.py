@@ -99,7 +99,7 @@ class Agent:
 
 
 def _work(function: Callable[[], object], variables: dict[str, Any], log: Path) -> None:
-    os.environ.update({name: str(value) for name, value in variables.items()}, OMP_NUM_THREADS="1")
+    os.environ.update({name: str(value) for name, value in variables.items()})
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())

@@ -57,10 +57,8 @@ def _start(ranks: int, run: Path, config: Path, *settings: str, restarts: int = 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     launcher = [*torchrun, "--max-restarts", str(restarts)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "sseds_rec", "run", str(config), *settings, "--run-dir", str(run)]
-    # One process with as many threads as the run it is compared with: some processors round otherwise with another number.
-    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if ranks > 1 else {})}
     return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
