@@ -184,9 +184,9 @@ def start():
         os._exit(0)
     return child
 
-for _ in range(6):
+while len(snapshots) < 6 or len(snapshots[-1]) <= 5:  # a busy machine wants more tries, and longer ones
     child = start()
-    time.sleep(draw.uniform(0.05, 0.35))
+    time.sleep(draw.uniform(0.05, 0.35) * max(1, len(snapshots) - 5))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert not slim.exists()
