@@ -331,6 +331,20 @@ def test_retraining_that_only_harms_keeps_the_start(
     assert (retrain["auc"], retrain["logloss"]) == (slim["auc"], slim["logloss"])
 
 
+def test_the_start_of_a_retraining_does_not_stop_it(
+    finished_run: Path, config: Path, sseds: Sseds, tmp_path: Path
+) -> None:
+    """With a patience of one it ends with the first epoch that is no better than one before, however good the start was."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    settings = ["retrain.learning_rate=0.5", "retrain.patience=1"]
+    assert sseds("retrain", config, *settings, "--run-dir", run, "--rerun").code == 0
+    history = [json.loads(line) for line in (run / "retrain/history.jsonl").read_text().splitlines()]
+    start, *aucs = [event["auc"] for event in history if event["kind"] == "eval"]
+    assert max(aucs) < start
+    fell = [number for number in range(1, len(aucs)) if aucs[number] <= max(aucs[:number])]
+    assert len(aucs) >= 2 and fell in ([], [len(aucs) - 1]) and (fell or len(aucs) == 3)
+
+
 def _pretrain_on_rank(rank: int, world_size: int, config: Path, settings: list[str], run: Path) -> None:
     runtime = Runtime(rank, world_size, torch.device("cpu"))
     Pipeline(load_config(config, settings), RunDirectory(run), runtime).pretrain()

@@ -35,7 +35,7 @@ class Progress(BaseModel):
         epoch: current epoch, from 0.
         loader: position in the epoch, as the loader's `state_dict` gives it.
         best_auc: best validation AUC so far, at `best_step`.
-        peak_auc: best validation AUC of the training under way: what tables that were drawn anew are measured against.
+        peak_auc: best validation AUC after an epoch of training: a trained model's own, before the first, does not count.
         bad_epochs: epochs since then.
         reductions: how often the learning rates have been reduced.
         seconds: spent training and validating, over all sessions.

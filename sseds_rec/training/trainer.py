@@ -51,10 +51,10 @@ class Trainer:
         runtime: of this process.
         fingerprint: of the settings that a checkpoint must have been made under.
         from_trained: whether the model may be a trained one already: then it is measured before the first step too, and is
-            the best one until an epoch is better. Of no epochs, it is what is left.
+            the best one until an epoch is better; what stops training early is its own epochs alone. Of no epochs, it is what
+            is left.
         after_step: called on all ranks after every step, for searches that go on between steps of training.
-        before_first: changes a trained model, on all ranks, before the first step and after it has been measured as it is. That
-            stays the one to beat, but to stop early the training after it is held against itself.
+        before_first: changes a trained model, on all ranks, before the first step and after it has been measured as it is.
     """
 
     def __init__(
@@ -98,8 +98,10 @@ class Trainer:
         with preemption(self.runtime) as requested:
             if self.from_trained and not self.progress.step and self.progress.best_step < 0:
                 self._validate(epochs=0)
-            if self.before_first is not None and not self.progress.step and self.config.epochs:
-                self.before_first()
+            if not self.progress.step:
+                if self.before_first is not None and self.config.epochs:
+                    self.before_first()
+                # What it started from is to be beaten, but not by its first epochs.
                 self.progress.peak_auc, self.progress.bad_epochs = -1.0, 0
             over = False
             while (
