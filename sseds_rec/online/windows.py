@@ -99,14 +99,19 @@ class Windows(Sequence[Window]):
             begun_with: rows of each field's table, of a run that has begun.
 
         Raises:
-            UserError: windows that came since have more ids than that (names the field).
+            UserError: windows that came since have more ids than that, or other tables (names the fields).
         """
         fields = []
+        if begun_with is not None and set(begun_with) != set(self[-1].table_rows):
+            raise UserError(
+                f"{self.folder}: a run has begun with tables of {', '.join(begun_with)}, and now they are of "
+                f"{', '.join(self[-1].table_rows)}; begin another --run-dir"
+            )
         for field in self.schema.fields:
             rows = self[-1].table_rows.get(field.name)
             if rows is not None:
                 room = math.ceil(rows * (1 + spare)) if field.vocabulary is not None else rows
-                room = begun_with[field.name] if begun_with else room
+                room = begun_with[field.name] if begun_with is not None else room
                 if rows > room:
                     raise UserError(
                         f"{self.folder}: field {field.name!r} has {rows:,} ids by now, and the tables of this run have room for "

@@ -250,4 +250,11 @@ def test_what_is_refused(stream: Path, windows: Path, followed: Path, sseds: Sse
     assert done.code == 2 and "online.epochs=1, now it is 2; choose another --run-dir" in done.err
     done = sseds("online", stream, "--run-dir", run, "--windows", str(windows) + "/")
     assert done.code == 2 and "was run with data.path=" in done.err
+    settings_file = run / "online/settings.json"
+    begun = json.loads(settings_file.read_text())
+    del begun["table_rows"]["noise"]
+    settings_file.write_text(json.dumps(begun))
+    done = sseds("online", stream, "--run-dir", run)
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "begun with tables of user, ad, tags, and now they are of user, ad, noise, tags" in done.err
     assert results(run) == results(followed)
