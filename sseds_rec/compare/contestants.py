@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from sseds_rec.slim.alignment import Init
 
-#: "" is the method itself; the others start their retraining differently.
+#: "" is the method itself; the others start their retraining differently, or do without rescaling and so without restarts.
 Variant = Literal[
     "",
     "without_ticket",
     "without_retraining",
+    "without_rescaling",
     "random_transform",
     "random_transform_without_ticket",
     "random_transform_without_retraining",
@@ -42,7 +43,7 @@ class Contestant:
 
     @property
     def ablations(self) -> list[Variant]:
-        """What the paper's Table 2 and the other start of its transform matrices ask for."""
+        """What the paper's Table 2, the other start of its transform matrices and the search as we have it ask for."""
         if self.transform is None:
             return []
         # The slim stage measures what there is without retraining from `select`; from `random` a run has to.
@@ -51,7 +52,7 @@ class Contestant:
         random: list[Variant] = [
             "random_transform", "random_transform_without_ticket", "random_transform_without_retraining"
         ]  # fmt: skip
-        return ["without_ticket", *random]
+        return ["without_ticket", "without_rescaling", *random]
 
     def of_variant(self, variant: Variant) -> dict[str, Any]:
         """The settings of one of its ablations, or of itself."""
@@ -63,6 +64,8 @@ class Contestant:
             settings["retrain.epochs"] = 0
         if variant.endswith("without_ticket"):
             settings["retrain.tables"] = "random"
+        if variant == "without_rescaling":
+            settings["search.rescale_batches"] = 0
         return settings
 
 

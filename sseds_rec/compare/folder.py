@@ -42,6 +42,10 @@ def open_comparison(folder: Path, config: Config, source: str) -> tuple[Config, 
     before = load_config(recorded) if recorded.exists() else None
     if config.compare.tune_budget is None:
         tuned_at = before.compare.tuned_at if before else config.compare.tuned_at
+        if tuned_at not in config.compare.budgets:
+            raise UserError(
+                f"{folder} tunes its methods at a budget of {tuned_at:g}, so that has to be one of compare.budgets"
+            )
         config = with_settings(config, {"compare.tune_budget": tuned_at})
     if before is not None:
         for key, (old, new) in changed_keys(before, config).items():

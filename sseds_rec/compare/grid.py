@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sseds_rec.compare.cells import Cell, Rates, grid_of_rates
 from sseds_rec.compare.contestants import CONTESTANTS, Variant
 from sseds_rec.compare.pool import Pool
-from sseds_rec.compare.run_cell import RESULT, is_above, run_cell
+from sseds_rec.compare.run_cell import RESULT, is_above, remove_starts, run_cell
 from sseds_rec.config import Config
 from sseds_rec.files import read_json
 from sseds_rec.models import MODELS
@@ -51,14 +51,19 @@ class Grid:
         self.begun: set[Cell] = set()  # by this call
 
     def entries(self, model: str) -> list[tuple[str, Variant]]:
-        """What is tuned and run of a model besides `full`: methods, then ablations, those of transforms where it has any."""
+        """What is tuned and run of a model besides `full`: methods, then ablations of what there is."""
         section = self.config.compare
         methods = [name for name in section.names if name != "full"]
         found: list[tuple[str, Variant]] = [(name, "") for name in methods]
         for name in methods if section.ablations else []:
             own = CONTESTANTS[name].ablations
-            found += [(name, variant) for variant in own if MODELS[model].aligns or "_transform" not in variant]
+            found += [(name, variant) for variant in own if self._differs(model, variant)]
         return found
+
+    def _differs(self, model: str, variant: Variant) -> bool:
+        if "_transform" in variant:
+            return MODELS[model].aligns
+        return variant != "without_rescaling" or self.config.search.rescale_batches > 0
 
     def run(self, pool: Pool, report: Report, save: Callable[[], None]) -> None:
         """Runs every cell that has no result yet, and those that failed once more.
@@ -118,14 +123,17 @@ class Grid:
         return Cell(model, method, budget, seed, rates, base, variant)
 
     def _choose(self, model: str, method: str, variant: Variant, trials: Sequence[Cell]) -> None:
-        """The rates with the best validation AUC; of trials within their budget, if there are any."""
+        """The rates with the best validation AUC; of trials within their budget, if there are any. The others' weights go."""
         found = {cell.rates: self.result(cell) for cell in trials}
 
         def worth(rates: Rates) -> tuple[bool, float]:
             trial = found[rates]
             return "auc" in trial and not is_above(trial), trial.get("validation_auc", -math.inf)
 
-        self.chosen[model, method, variant] = max(found, key=worth)
+        self.chosen[model, method, variant] = best = max(found, key=worth)
+        for cell in trials:
+            if cell.rates != best and "error" not in found[cell.rates]:
+                remove_starts(self.folder / cell.folder)
 
     def _run(self, phase: str, cells: Iterable[Cell], role: Role, pool: Pool) -> None:
         cells, report, saved = list(cells), self._report, time.monotonic()

@@ -19,6 +19,8 @@ from sseds_rec.harness import pipeline_for
 from sseds_rec.run_directory import RunDirectory
 
 RESULT = "result.json"
+#: What a run leaves that is large, by stage.
+_WEIGHTS = ("checkpoint", "checkpoints", "tensorboard", "learned")
 
 
 def run_cell(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> None:
@@ -46,10 +48,22 @@ def run_cell(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> N
             message = f"{type(error).__name__}: {error} (the traceback is in logs/)"
         result = {"error": message}
     write_json(own / RESULT, result)
-    # Weights of hundreds of runs are of no use any more, but for what other cells start from.
-    for part in ("retrain", "slim", "search"):
-        for name in ("checkpoint", "checkpoints", "tensorboard"):
-            shutil.rmtree(own / part / name, ignore_errors=True)
+    if "error" not in result:  # a run that failed is tried again, from what its stages have left
+        for part in ("retrain", "slim", "search"):
+            _remove_weights(own / part, but="learned")
+
+
+def remove_starts(folder: Path) -> None:
+    """Removes what other cells could have started from of a cell that none does."""
+    for part in ("pretrain", "search"):
+        _remove_weights(folder / part)
+
+
+def _remove_weights(stage: Path, but: str = "") -> None:
+    """Of a stage of this cell: what is linked is another's."""
+    for path in (stage / name for name in _WEIGHTS if name != but):
+        if not stage.is_symlink() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _train(cell: Cell, config: Config, folder: Path, leader: Cell | None) -> dict[str, Any]:
@@ -107,5 +121,5 @@ def _serves(leader: Path, cell: Cell) -> bool:
 def _link(link: Path, target: Path) -> None:
     """Makes `link` stand for a finished cell's folder."""
     link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
+    if not os.path.lexists(link):  # a cell that has begun a search of its own goes on with it
         link.symlink_to(os.path.relpath(target, link.parent))

@@ -15,7 +15,7 @@ from sseds_rec.report.numbers import count, number, percent, text
 PAPER = "sseds_paper"
 SEARCHED = ("sseds", PAPER)
 _STARTS = ("select", "random")
-_STEPS = ("without retraining", "without ticket", "in full")
+_STEPS = ("without retraining", "without ticket", "without rescaling", "in full")
 
 
 def dims_table(grid: Grid, model: str, number_of: int) -> Table | None:
@@ -52,14 +52,14 @@ def ablation_table(grid: Grid) -> Table | None:
         return None
     variant = pl.col("variant").str
     random = (pl.col("method") == PAPER) & ~variant.starts_with("select") | variant.starts_with("random")
-    without_ticket, without_retraining = (variant.ends_with(f"without_{what}") for what in ("ticket", "retraining"))
-    steps = pl.when(without_retraining).then(pl.lit(_STEPS[0])).when(without_ticket).then(pl.lit(_STEPS[1]))
+    *parts, whole = _STEPS
+    steps = [pl.when(variant.ends_with(part.replace(" ", "_"))).then(pl.lit(part)) for part in parts]
     cells = cells.with_columns(
         transform=pl.when(random).then(pl.lit("random")).otherwise(pl.lit("select")),
-        step=steps.otherwise(pl.lit(_STEPS[2])),
+        step=pl.coalesce(*steps, pl.lit(whole)),
     )
     # The slim stage measures the cut model as `select` starts it.
-    untrained = cells.filter(pl.col("step") == _STEPS[2], ~random, pl.col("auc_before_retraining").is_not_null())
+    untrained = cells.filter(pl.col("step") == whole, ~random, pl.col("auc_before_retraining").is_not_null())
     untrained = untrained.with_columns(pl.col("auc_before_retraining").alias("auc"), step=pl.lit(_STEPS[0]))
     summary = summarize(
         pl.concat([cells, untrained]), ["budget", "method", "step", "model", "transform"], ["auc"]
@@ -83,12 +83,13 @@ def ablation_table(grid: Grid) -> Table | None:
     rows = [[*names, *(_cell(value, best[i]) for i, value in enumerate(values))] for names, values in lines]
     return Table(
         id="ablation",
-        title="Without retraining, without the winning ticket, and in full",
+        title="Without retraining, without the winning ticket, without rescaling, and in full",
         columns=["Budget", "Method", "Test AUC", *(f"{model}, {transform}" for model, transform in columns)],
         rows=rows,
         note="Means over seeds, ± one standard deviation; the best of a column is bold. Without retraining: the cut model as "
-        "it is. Without ticket: retrained from new embeddings of the searched widths. select and random are the two "
-        "starts of the transform matrices; the paper's is random.",
+        "it is. Without ticket: retrained from new embeddings of the searched widths. Without rescaling: the ticket as it was "
+        "cut, and no table of it drawn anew. select and random are the two starts of the transform matrices; the paper's is "
+        "random.",
         heads=3,
     )
 

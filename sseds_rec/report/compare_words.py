@@ -15,7 +15,8 @@ RANKING_NOTE = (
     "Methods by mean test AUC. Differences are paired: within the same model and seed. p is of a two-sided paired t-test, "
     f"corrected for several comparisons (Holm): those with {CHOSEN} for the number of methods, those with the best for all "
     "pairs, since the best was picked by the same numbers. An interval holds for its own comparison. Not told apart means that "
-    "these pairs do not show a difference, not that there is none; and all of them are of one data set."
+    "these pairs do not show a difference, not that there is none; and all of them are of one data set. Models of one seed "
+    "share its draws, so where there are several, their pairs are not quite as many as n counts, and p is on the small side."
 )
 
 

@@ -22,24 +22,6 @@ from sseds_rec.config import load_config
 from tests.command import Command
 
 Sseds = Callable[..., Command]
-GRID = """
-compare:
-  methods: [full, drop_ids, uniform, mde, random, sseds_paper, sseds]
-  models: [fm]
-  budgets: [0.5, 0.25]
-  seeds: 2
-  learning_rates: [0.01, 0.003]
-  embedding_l2: [0.001]
-  id_fields: [user]
-  ablations: false
-"""
-
-
-@pytest.fixture(scope="module")
-def grid_config(config: Path) -> Path:
-    path = config.parent / "grid.yaml"
-    path.write_text(config.read_text().replace("epochs: 3", "epochs: 1") + GRID)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +82,15 @@ def test_methods_that_start_from_a_trained_model_share_the_tuned_one(compared: P
     assert count_tables(checkpoint).columns == full[7]["embedding_parameters"]
 
 
+def test_only_weights_that_cells_start_from_stay(compared: Path) -> None:
+    results = _results(compared)
+    (used,) = set(results.filter(method="full", role="result")["learning_rate"])
+    for row in results.filter(method="full").iter_rows(named=True):
+        assert (compared / row["run"] / "pretrain/checkpoint").exists() == (row["learning_rate"] == used)
+    left = {path.parent.name for path in compared.glob("cells/*/*/*/*/*/*/checkpoint")}
+    assert left == {"pretrain"}
+
+
 def test_killed_it_goes_on_to_the_same_numbers(compared: Path, grid_config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "grid"
     options = ["--methods", "uniform,sseds", "--budgets", "0.25", "--seeds", "1"]
@@ -150,6 +141,34 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(grid_config: Path, tmp_
     assert set(found.iter_rows()) == {("full", None), ("uniform", 0.25), ("mde", 0.25), ("autodim", 0.25)}
 
 
+def test_what_other_methods_keep_is_counted_and_a_missed_budget_is_said_to_be(
+    grid_config: Path, tmp_path: Path
+) -> None:
+    """PEP's thresholds start too low to get anywhere in one epoch."""
+    options = ["--methods", "magnitude,pca_energy,autodim,pep,deeplight", "--budgets", "0.25", "--seeds", "1"]
+    options += ["compare.learning_rates=[0.01]", "search.autodim.epochs=1", "search.deeplight.epochs=1"]
+    options += ["search.pep={start: -9, learning_rate: 0.1, weight_decay: 0.01, epochs: 1}"]
+    done = subprocess.run(
+        _command(grid_config, tmp_path / "grid", *options), check=True, capture_output=True, text=True
+    )
+    results = _results(tmp_path / "grid").filter(role="result")
+    (whole,) = results.filter(method="full")["embedding_parameters"]
+    results = results.drop_nulls("budget")
+    assert set(results["method"]) == {"magnitude", "pca_energy", "autodim", "pep", "deeplight"}
+    for row in results.iter_rows(named=True):
+        kept = json.loads((tmp_path / "grid" / row["run"] / "search/plan.json").read_text())["reached"]["parameters"][
+            "kept"
+        ]
+        assert row["embedding_parameters"] == kept and row["budget_parameters"] == whole // 4, row["method"]
+        assert row["missed"] == (kept > whole // 4) == (row["method"] == "pep")
+        assert (
+            (row["stored_parameters"] >= whole)
+            == (row["csr_bytes"] is not None)
+            == (row["method"] in ("pep", "deeplight"))
+        )
+    assert "*" in next(line for line in done.stdout.splitlines() if "pep" in line)
+
+
 def test_budgets_that_are_asked_for_later_are_added(grid_config: Path, tmp_path: Path) -> None:
     """Also of PEP, whose one search has kept the masks of the budgets that it was told."""
     options = ["--methods", "pep", "--seeds", "1", "compare.learning_rates=[0.01]", "compare.tune_budget=0.5"]
@@ -182,6 +201,9 @@ def test_another_experiment_needs_another_folder(sseds: Sseds, grid_config: Path
     done = sseds("compare", grid_config, "--run-dir", compared, "train.epochs=2")
     assert done.code == 2
     assert "compares with train.epochs=1, now it is 2; choose another --run-dir" in done.err
+    done = sseds("compare", grid_config, "--run-dir", compared, "--budgets", "0.5")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "tunes its methods at a budget of 0.25, so that has to be one of compare.budgets" in done.err
 
 
 def test_ablations_start_otherwise_and_only_where_there_are_transforms(grid_config: Path) -> None:
@@ -190,11 +212,15 @@ def test_ablations_start_otherwise_and_only_where_there_are_transforms(grid_conf
     found = {}
     for method, variant in grid.entries("fm"):
         if method in ("sseds", "sseds_paper"):
-            retrain = Cell("fm", method, 0.25, 7, grid.tried[0], grid.tried[1], variant).config(config).retrain
+            made = Cell("fm", method, 0.25, 7, grid.tried[0], grid.tried[1], variant).config(config)
+            retrain = made.retrain
             found[method, variant] = (retrain.transform, retrain.tables, retrain.epochs)
+            rescales = method == "sseds" and variant != "without_rescaling"
+            assert made.search.rescale_batches == (config.search.rescale_batches if rescales else 0)
     assert found == {
         ("sseds", ""): ("select", "ticket", None),
         ("sseds", "without_ticket"): ("select", "random", None),
+        ("sseds", "without_rescaling"): ("select", "ticket", None),
         ("sseds", "random_transform"): ("random", "ticket", None),
         ("sseds", "random_transform_without_ticket"): ("random", "random", None),
         ("sseds", "random_transform_without_retraining"): ("random", "ticket", 0),
@@ -205,6 +231,8 @@ def test_ablations_start_otherwise_and_only_where_there_are_transforms(grid_conf
         ("sseds_paper", "select_transform_without_ticket"): ("select", "random", None),
     }
     assert not any("_transform" in variant for _, variant in grid.entries("wide_deep"))
+    plain = Grid(load_config(grid_config, ["compare.ablations=true", "search.rescale_batches=0"]), Path("none"))
+    assert ("sseds", "without_rescaling") not in plain.entries("fm")
 
 
 @pytest.mark.parametrize("method", CONTESTANTS)
