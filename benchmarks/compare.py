@@ -7,8 +7,13 @@ from pathlib import Path
 
 import polars as pl
 
-from sseds_rec.compare.statistics import rank_methods
+from sseds_rec.compare.statistics import rank_methods, summarize
 from sseds_rec.files import read_json
+
+
+def with_spread(mean: float, deviation: float | None) -> str:
+    """Over seeds; of one seed there is none."""
+    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
 
 
 def row(*cells: object) -> None:
@@ -35,9 +40,23 @@ def accuracy(results: pl.DataFrame, budgets: list[float]) -> None:
             shown = []
             for budget in budgets:
                 cell = found.get((model, method, budget)) or found.get((model, method, None))
-                text = f"{cell['auc']:.4f} ± {cell['std'] or 0:.4f}{'*' if cell['missed'] else ''}" if cell else ""
+                text = with_spread(cell["auc"], cell["std"]) + ("*" if cell["missed"] else "") if cell else ""
                 shown.append(f"**{text}**" if method == best[budget] else text)
             row(method, *shown)
+
+
+def kept(results: pl.DataFrame, budgets: list[float]) -> None:
+    """Share of the full model's elements that are left, by method and budget: means over models and seeds."""
+    print()
+    header("elements left", *(f"{budget:g}" for budget in budgets))
+    whole = results.filter(method="full").select("model", "seed", whole="embedding_parameters")
+    shares = results.drop_nulls("budget").join(whole, on=["model", "seed"])
+    shares = shares.group_by("method", "budget", maintain_order=True).agg(
+        (pl.col("embedding_parameters") / pl.col("whole")).mean().alias("share")
+    )
+    found = {(method, budget): share for method, budget, share in shares.iter_rows()}
+    for method in shares["method"].unique(maintain_order=True):
+        row(method, *(f"{found[method, b]:.4f}" if (method, b) in found else "" for b in budgets))
 
 
 def against_ours(results: pl.DataFrame, budgets: list[float]) -> None:
@@ -54,24 +73,38 @@ def against_ours(results: pl.DataFrame, budgets: list[float]) -> None:
             row(method, *shown)
 
 
+def ablations(rows: pl.DataFrame, budget: float) -> None:
+    """Test AUC of the two searches without one of their steps."""
+    searched = rows.filter(pl.col("method").is_in(rows.filter(role="ablation")["method"].unique().implode()))
+    at = searched.filter(pl.col("budget") == budget, pl.col("role") != "trial")
+    early = at.filter(pl.col("variant") == "", pl.col("auc_before_retraining").is_not_null()).with_columns(
+        auc="auc_before_retraining", variant=pl.lit("as cut, without retraining")
+    )
+    means = summarize(
+        pl.concat([at, early]).sort("method", maintain_order=True), ["method", "variant", "model"], ["auc"]
+    )
+    models = means["model"].unique(maintain_order=True)
+    found = {(c["method"], c["variant"], c["model"]): with_spread(c["auc"], c["auc_std"]) for c in means.to_dicts()}
+    print()
+    header(f"steps, at {budget:g}", "", *models)
+    for method, variant in means.select("method", "variant").unique(maintain_order=True).iter_rows():
+        name = variant.replace("_", " ") or "in full"
+        row(method, name, *(found.get((method, variant, model), "") for model in models))
+
+
 def costs(results: pl.DataFrame, budget: float) -> None:
     """Seconds, their ratios and sizes at one budget, means over models and seeds; PEP and AutoDim search once for all budgets."""
     at = results.filter((pl.col("budget") == budget) | pl.col("budget").is_null())
-    columns = [
-        "pretrain_seconds",
-        "search_seconds",
-        "retrain_seconds",
-        "inference_samples_per_second",
-        "stored_parameters",
-    ]
+    seconds = ["pretrain_seconds", "search_seconds", "retrain_seconds"]
+    columns = [*seconds, "inference_samples_per_second", "stored_parameters"]
     means = at.group_by("method", maintain_order=True).agg(pl.col(columns).mean())
     own = means.filter(method="sseds")["search_seconds"].item()
     print()
     header("method", "pretrain s", "search s", "search / sseds", "retrain s", "rows/s in inference", "stored")
     for cell in means.iter_rows(named=True):
         pretrain, search, retrain, speed, stored = (cell[name] for name in columns)
-        seconds = f"{pretrain:.1f}", f"{search:.2f}", f"{search / own:.2f}", f"{retrain:.1f}"
-        row(cell["method"], *seconds, f"{speed:,.0f}", f"{stored:,.0f}")
+        shown = f"{pretrain:.1f}", f"{search:.2f}", f"{search / own:.2f}", f"{retrain:.1f}"
+        row(cell["method"], *shown, f"{speed:,.0f}", f"{stored:,.0f}")
 
 
 def main() -> None:
@@ -79,12 +112,16 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     for folder in parser.parse_args().folders:
         about = read_json(folder / "compare.json")
-        results = pl.read_parquet(folder / "results.parquet").filter(role="result")
+        rows = pl.read_parquet(folder / "results.parquet")
+        results = rows.filter(role="result")
         print(
             f"\n## {folder}\n\n`{about['command']}`: {about['seconds'] / 60:.0f} minutes, {about['environment']['cpu']}"
         )
         accuracy(results, about["budgets"])
+        kept(results, about["budgets"])
         against_ours(results, about["budgets"])
+        if "ablation" in set(rows["role"]):
+            ablations(rows, about["tune_budget"])
         costs(results, about["tune_budget"])
 
 
