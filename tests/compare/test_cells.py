@@ -65,7 +65,7 @@ def test_a_cell_that_has_searched_for_itself_keeps_its_search(
         assert "no memory left" in _result(tmp_path, cell)["error"]
     for cell in (LEADER, FOLLOWER):
         run_cell(cell, config, tmp_path, LEADER if cell is FOLLOWER else None)
-        assert 0.5 < _result(tmp_path, cell)["auc"] < 1
+        assert "error" not in _result(tmp_path, cell)
     assert not (tmp_path / FOLLOWER.folder / "search/learned").is_symlink()
 
 
