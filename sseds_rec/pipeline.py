@@ -122,8 +122,8 @@ class Pipeline:
         }
         return self._finish("search", metrics)
 
-    def score(self, model: DistributedModelParallel) -> DimensionScores:
-        """Scores of the full model by the `search` section."""
+    def score(self, model: DistributedModelParallel, rescaled: bool = True) -> DimensionScores:
+        """Scores of the full model by the `search` section, or as that has them before it rescales."""
         search = self.config.search
         scores = score_dimensions(
             model,
@@ -134,7 +134,7 @@ class Pipeline:
             budget=self.budget,
             allocation=search.allocate,
         )
-        if not (search.rescale_batches and scores.rotations):
+        if not (rescaled and search.rescale_batches and scores.rotations):
             return scores
         return rescale(model, self.scoring_batches("validation"), scores, search.rescale_batches)
 

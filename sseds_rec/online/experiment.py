@@ -146,9 +146,12 @@ class Online(Pipeline):
     def _search_again(
         self, number: int, base: Learner, slim: Learner, plan: DimensionPlan
     ) -> tuple[DimensionPlan, Learner]:
-        """A new plan, of the present base model on rows that it has not trained on, and a slim model of it."""
+        """A new plan, of the present base model on rows that it has not trained on, and a slim model of it.
+
+        Nothing is rescaled: rows that come once are not learned by heart, and one window is few rows to find scales on.
+        """
         self._seed()
-        scores = self.score(base.model)
+        scores = self.score(base.model, rescaled=False)
         scores.search |= {"seed": self.config.seed, "window": self.windows[number].name}
         found = self._with_names(self.runtime.from_main(lambda: self.config.search.allocate(scores, self.budget)))
         new = self._learner("slim", self._slim(found))

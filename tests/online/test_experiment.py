@@ -129,6 +129,12 @@ def test_what_a_run_leaves(followed: Path) -> None:
             assert metrics[model][key] == pytest.approx(sum(own[key]) / len(own))
         assert own["auc"].min() > 0.55
     assert metrics["windows"] == WINDOWS - 3 and metrics["searches"] == ["day-4", "day-6"]
+    first = DimensionPlan.load(followed / "search" / "plan.json")
+    (last,) = (DimensionPlan.load(path) for path in (followed / "online").glob("window-*/plan.json"))
+    assert last.search["window"] == "day-6"
+    assert (
+        "scales" in first.search and "scales" not in last.search
+    )  # of rows that come once nothing is learned by heart
     page = (followed / "report" / "online.html").read_text()
     assert page.count("<svg") == 3 and not re.search(r"https?://(?!www.w3.org)", page)
     for day in range(3, WINDOWS):
