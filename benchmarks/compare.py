@@ -7,13 +7,10 @@ from pathlib import Path
 
 import polars as pl
 
-from sseds_rec.compare.statistics import rank_methods, summarize
-from sseds_rec.files import read_json
-
-
-def with_spread(mean: float, deviation: float | None) -> str:
-    """Over seeds; of one seed there is none."""
-    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+from sseds_rec.compare.statistics import rank_methods
+from sseds_rec.report.compare_artefacts import Grid, read_grid
+from sseds_rec.report.compare_search import ablation_table
+from sseds_rec.report.compare_tables import with_spread
 
 
 def row(*cells: object) -> None:
@@ -73,23 +70,15 @@ def against_ours(results: pl.DataFrame, budgets: list[float]) -> None:
             row(method, *shown)
 
 
-def ablations(rows: pl.DataFrame, budget: float) -> None:
-    """Test AUC of the two searches without one of their steps."""
-    searched = rows.filter(pl.col("method").is_in(rows.filter(role="ablation")["method"].unique().implode()))
-    at = searched.filter(pl.col("budget") == budget, pl.col("role") != "trial")
-    early = at.filter(pl.col("variant") == "", pl.col("auc_before_retraining").is_not_null()).with_columns(
-        auc="auc_before_retraining", variant=pl.lit("as cut, without retraining")
-    )
-    means = summarize(
-        pl.concat([at, early]).sort("method", maintain_order=True), ["method", "variant", "model"], ["auc"]
-    )
-    models = means["model"].unique(maintain_order=True)
-    found = {(c["method"], c["variant"], c["model"]): with_spread(c["auc"], c["auc_std"]) for c in means.to_dicts()}
+def ablations(grid: Grid) -> None:
+    """The page's table of them, if there are any."""
+    table = None if grid.ablations.is_empty() else ablation_table(grid)
+    if table is None:
+        return
     print()
-    header(f"steps, at {budget:g}", "", *models)
-    for method, variant in means.select("method", "variant").unique(maintain_order=True).iter_rows():
-        name = variant.replace("_", " ") or "in full"
-        row(method, name, *(found.get((method, variant, model), "") for model in models))
+    header(*table.columns)
+    for cells in table.rows:
+        row(*(str(cell).replace("<strong>", "**").replace("</strong>", "**") for cell in cells))
 
 
 def costs(results: pl.DataFrame, budget: float) -> None:
@@ -111,18 +100,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+")
     for folder in parser.parse_args().folders:
-        about = read_json(folder / "compare.json")
-        rows = pl.read_parquet(folder / "results.parquet")
-        results = rows.filter(role="result")
-        print(
-            f"\n## {folder}\n\n`{about['command']}`: {about['seconds'] / 60:.0f} minutes, {about['environment']['cpu']}"
-        )
-        accuracy(results, about["budgets"])
-        kept(results, about["budgets"])
-        against_ours(results, about["budgets"])
-        if "ablation" in set(rows["role"]):
-            ablations(rows, about["tune_budget"])
-        costs(results, about["tune_budget"])
+        grid = read_grid(folder)
+        about = grid.about
+        minutes = f"{about.seconds / 60:.0f}" if about.seconds else "?"
+        print(f"\n## {folder}\n\n`{about.command}`: {minutes} minutes, {about.environment['cpu']}")
+        accuracy(grid.results, about.budgets)
+        kept(grid.results, about.budgets)
+        against_ours(grid.results, about.budgets)
+        ablations(grid)
+        costs(grid.results, about.tune_budget)
 
 
 if __name__ == "__main__":

@@ -294,6 +294,12 @@ def test_retrain_that_stops_before_its_rates_fall_is_refused(config: Path, sseds
     assert load_config(config, ["train.reduce_patience=1", "retrain.patience=2"]).retrain_as_train().patience == 2
 
 
+def _evaluated(run: Path, stage: str) -> list[dict[str, Any]]:
+    """The stage's validations, in order."""
+    events = map(json.loads, (run / stage / "history.jsonl").read_text().splitlines())
+    return [event for event in events if event["kind"] == "eval"]
+
+
 def test_early_stopping_keeps_the_best_step_and_retrain_has_its_own_settings(
     config: Path, sseds: Sseds, tmp_path: Path
 ) -> None:
@@ -307,8 +313,7 @@ def test_early_stopping_keeps_the_best_step_and_retrain_has_its_own_settings(
     ]
     assert sseds("run", config, *settings, "--run-dir", run).code == 0
     pretrain, retrain = _results(run)["pretrain"], _results(run)["retrain"]
-    history = [json.loads(line) for line in (run / "pretrain/history.jsonl").read_text().splitlines()]
-    aucs = [event["auc"] for event in history if event["kind"] == "eval"]
+    aucs = [event["auc"] for event in _evaluated(run, "pretrain")]
     assert pretrain["epochs"] == len(aucs) < 12 and aucs[-1] <= aucs[-2] == max(aucs) == pretrain["validation_auc"]
     best = sseds(
         "evaluate", config, *settings, "--run-dir", run, "--stage", "pretrain", "--split", "validation", "--json"
@@ -322,8 +327,7 @@ def test_retraining_that_only_harms_keeps_the_start(
 ) -> None:
     run = shutil.copytree(finished_run, tmp_path / "run")
     assert sseds("retrain", config, "retrain.learning_rate=0.5", "--run-dir", run, "--rerun").code == 0
-    history = [json.loads(line) for line in (run / "retrain/history.jsonl").read_text().splitlines()]
-    start, *epochs = [event for event in history if event["kind"] == "eval"]
+    start, *epochs = _evaluated(run, "retrain")
     assert (start["step"], start["epoch"]) == (0, 0) and [event["epoch"] for event in epochs] == [1, 2, 3]
     assert all(event["auc"] < start["auc"] for event in epochs)
     slim, retrain = _results(run)["slim"], _results(run)["retrain"]
@@ -338,8 +342,7 @@ def test_the_start_of_a_retraining_does_not_stop_it(
     run = shutil.copytree(finished_run, tmp_path / "run")
     settings = ["retrain.learning_rate=0.5", "retrain.patience=1"]
     assert sseds("retrain", config, *settings, "--run-dir", run, "--rerun").code == 0
-    history = [json.loads(line) for line in (run / "retrain/history.jsonl").read_text().splitlines()]
-    start, *aucs = [event["auc"] for event in history if event["kind"] == "eval"]
+    start, *aucs = [event["auc"] for event in _evaluated(run, "retrain")]
     assert max(aucs) < start
     fell = [number for number in range(1, len(aucs)) if aucs[number] <= max(aucs[:number])]
     assert len(aucs) >= 2 and fell in ([], [len(aucs) - 1]) and (fell or len(aucs) == 3)

@@ -132,9 +132,7 @@ def test_what_a_run_leaves(followed: Path) -> None:
     first = DimensionPlan.load(followed / "search" / "plan.json")
     (last,) = (DimensionPlan.load(path) for path in (followed / "online").glob("window-*/plan.json"))
     assert last.search["window"] == "day-6"
-    assert (
-        "scales" in first.search and "scales" not in last.search
-    )  # of rows that come once nothing is learned by heart
+    assert "scales" in first.search and "scales" not in last.search  # new searches rescale nothing
     page = (followed / "report" / "online.html").read_text()
     assert page.count("<svg") == 3 and not re.search(r"https?://(?!www.w3.org)", page)
     for day in range(3, WINDOWS):
